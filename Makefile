@@ -1,0 +1,47 @@
+# make setup | test | test-gpu | demo | lint | tracelens | clean. A fresh machine needs make, gcc and Python 3.11 or newer with venv
+# (Debian: apt-get install make gcc python3-venv).
+
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST_ARGS ?=
+# One stamp per content of these files: nothing is installed again until one of them changes.
+STAMP := .venv/.stamp-$(shell cat pyproject.toml requirements-lock.txt tools/setup_venv.sh | sha256sum | cut -c1-16)
+
+.PHONY: setup test test-gpu demo lint tracelens clean
+
+setup: $(STAMP)
+
+$(STAMP):
+	tools/setup_venv.sh "$(PYTHON)"
+	@rm -f .venv/.stamp-*
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest tests/unit tests/ranks tests/kernels --cov --cov-report=term $(PYTEST_ARGS)
+
+# Needs a GPU; what needs two is skipped, with the reason, where there is one.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu tests/gpu -rs $(PYTEST_ARGS)
+
+demo: setup
+	$(BIN)/yalis demo
+
+# AMD's TraceLens is not on PyPI (a package of that name is another one), and has dependencies of its own.
+TRACELENS ?= git+https://github.com/AMD-AGI/TraceLens.git
+tracelens: setup
+	test -d .venv-tracelens || $(PYTHON) -m venv .venv-tracelens
+	.venv-tracelens/bin/pip install --quiet "$(TRACELENS)"
+	YALIS_TRACELENS_PYTHON="$(CURDIR)/.venv-tracelens/bin/python" \
+		$(BIN)/python -m pytest tests/ranks/study/test_study_traces.py
+
+clean:
+	rm -rf .venv .venv-tracelens .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis htmlcov build dist
+	rm -f .coverage .coverage.* coverage.xml
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,310 @@
+"""Predictions first, then measurements, on this host's CPU: the residual of TTFT and TPOT, cell by cell.
+
+    yalis calibrate --output docs/results/data/plan-validation-host.toml
+    python bench/validate_plan.py --cluster docs/results/data/plan-validation-host.toml --output docs/results
+
+Two checkpoint shapes that calibration does not use, with random weights; TP 1, 2, 4, PP 2, TP 2 x PP 2, batch 1 and 8.
+All predictions are written before the first run, to data/plan-validation-predicted.json. Then every cell is measured
+once a round, for several rounds, with a probe of the memory's speed and the host's load before each; the mean over the
+rounds counts. The page is plan-validation.md, raw numbers are in data/plan-validation.json. Goal: mean absolute error
+at most 15 percent, worst cell at most 30.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from yalis.errors import ConfigError
+from yalis.models.config import ModelConfig
+from yalis.study.cluster import load_cluster
+from yalis.study.cost import Layout
+from yalis.study.plan import as_dict, predict_auto
+from yalis.study.workload import Workload
+from yalis.utils.machine import machine_record
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = ("bench/shapes/llama-254m", "bench/shapes/qwen3-0.6b")
+SCHEMES = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))
+BATCHES = (1, 8)
+INPUT, OUTPUT = 128, 33
+KINDS = {"ttft_s": "TTFT", "tpot_s": "TPOT"}
+GOAL_MEAN, GOAL_WORST = 0.15, 0.30
+_PROBE_BYTES, _PROBE_S = 512 * 2**20, 0.2
+
+
+def predictions(cluster_file: str, wanted: str = "") -> dict[str, dict[str, Any]]:
+    """Cell name (of those that hold ``wanted``) -> prediction, with the all-reduce that the engine takes by itself.
+
+    Raises:
+        ConfigError: the description has no steps like those of a cell.
+    """
+    cluster = load_cluster(cluster_file)
+    found = {}
+    for shape in SHAPES:
+        model = ModelConfig.from_pretrained(ROOT / shape)
+        for tp, pp in SCHEMES:
+            for batch in BATCHES:
+                work = Workload(f"{batch}x{INPUT}+{OUTPUT}", batch, INPUT, OUTPUT)
+                name = f"{Path(shape).name} TP{tp} PP{pp} batch {batch}"
+                if wanted not in name:
+                    continue
+                row = as_dict(predict_auto(model, cluster, Layout(tp, pp, 1), work))
+                found[name] = {"model": shape, "tp": tp, "pp": pp, "batch": batch, **row}
+    return found
+
+
+def measure(cell: Mapping[str, Any], iters: int, limit_s: float) -> dict[str, list[float]]:
+    """TTFT and TPOT in seconds, of ``iters`` runs of the engine's own benchmark.
+
+    Raises:
+        ConfigError: it failed or took longer than ``limit_s``; holds what it printed last.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "record.json"
+        command = [sys.executable, "-m", "yalis", "bench", "latency", "--model", cell["model"]]
+        command += ["--load-format", "dummy", "--max-model-len", str(INPUT + OUTPUT)]
+        command += ["--tp", str(cell["tp"]), "--pp", str(cell["pp"]), "--batch-size", str(cell["batch"])]
+        command += ["--input-len", str(INPUT), "--output-len", str(OUTPUT), "--num-iters", str(iters)]
+        command += ["--num-iters-warmup", "1", "--output-json", str(out)]
+        try:
+            subprocess.run(command, cwd=ROOT, check=True, timeout=limit_s, capture_output=True, text=True)
+        except subprocess.CalledProcessError as error:
+            raise ConfigError(error.stderr.strip()[-500:] or f"exit code {error.returncode}") from None
+        except subprocess.TimeoutExpired:
+            raise ConfigError(f"took longer than {limit_s:g} s (--limit-s)") from None
+        samples = json.loads(out.read_text())["samples"]
+    return {"ttft_s": samples["first_s"], "tpot_s": samples["step_s"]}
+
+
+class Host:
+    """What else the host does: the speed of its memory, its load, and who took its cores."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.block = torch.ones(_PROBE_BYTES // 4, dtype=torch.float32)
+        self.last = self._clocks()
+
+    def _clocks(self) -> tuple[float, float, float, float]:
+        """Seconds: wall, stolen, busy on all cores, and of that by this process and what it has waited for."""
+        user, nice, system, _, _, irq, soft, stolen = map(int, Path("/proc/stat").read_text().split()[1:9])
+        tick = os.sysconf("SC_CLK_TCK")
+        mine = sum(os.times()[:4])
+        return time.monotonic(), stolen / tick, (user + nice + system + irq + soft) / tick, mine
+
+    def look(self) -> dict[str, float]:
+        """GB/s that all cores read together, load of the last minute; since the last look, percent of time stolen and
+        how many cores other processes used."""
+        now = self._clocks()
+        wall, stolen, busy, mine = (a - b for a, b in zip(now, self.last, strict=True))
+        done, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < _PROBE_S:
+            self.block.sum()
+            done += _PROBE_BYTES
+        self.last = self._clocks()
+        return {
+            "read_gb_per_s": done / elapsed / 1e9,
+            "load": os.getloadavg()[0],
+            "steal_percent": 100 * stolen / max(wall * (os.cpu_count() or 1), 1e-9),
+            "others_cores": max(0.0, busy - mine) / max(wall, 1e-9),
+        }
+
+
+def wait_for_quiet(limit: float, patience_s: float) -> None:
+    """Until the load of the last minute is at most ``limit``.
+
+    Raises:
+        ConfigError: it still is not after ``patience_s``.
+    """
+    deadline = time.monotonic() + patience_s
+    while (load := os.getloadavg()[0]) > limit:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"load {load:.2f} is above {limit:g} for {patience_s:g} s: something else runs here; end it, or allow "
+                "more with --max-load"
+            )
+        time.sleep(2.0)
+
+
+def run(predicted: Mapping[str, Mapping[str, Any]], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Rounds of every cell: samples and what the host did, or the error."""
+    host = Host()
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in predicted}
+    for number in range(args.rounds):
+        for name, cell in predicted.items():
+            before = host.look()
+            try:
+                entry: dict[str, Any] = measure(cell, args.iters, args.limit_s)
+                words = "  ".join(f"{label} {1e3 * statistics.fmean(entry[k]):.2f} ms" for k, label in KINDS.items())
+            except ConfigError as error:
+                entry, words = {"error": str(error)}, f"failed: {error}"
+            after = host.look()
+            # The memory's speed on both sides of the run; load, theft and others while it ran.
+            seen = {**after, "read_gb_per_s": (before["read_gb_per_s"] + after["read_gb_per_s"]) / 2}
+            found[name].append({**entry, **seen})
+            print(f"round {number + 1}  {name}  {words}  ({seen['read_gb_per_s']:.0f} GB/s)", flush=True)
+    return found
+
+
+def of_rounds(rounds: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Mean of each round that was measured."""
+    return [statistics.fmean(entry[key]) for entry in rounds if key in entry]
+
+
+def cells_of(
+    predicted: Mapping[str, Mapping[str, Any]], measured: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Cell -> TTFT and TPOT -> predicted, measured (mean over rounds), least, most and error; failed cells left out."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, cell in predicted.items():
+        for key in KINDS:
+            values = of_rounds(measured[name], key)
+            if not values:
+                continue
+            mean = statistics.fmean(values)
+            found.setdefault(name, {})[key] = {
+                "predicted": cell[key],
+                "measured": mean,
+                "least": min(values),
+                "most": max(values),
+                "error": (cell[key] - mean) / mean,
+            }
+    return found
+
+
+def page(record: Mapping[str, Any], data: str) -> str:
+    """The whole page in Markdown, from the record alone."""
+    cells, measured = record["cells"], record["measured"]
+    machine, seen = record["machine"], [entry for rounds in record["measured"].values() for entry in rounds]
+    probes, loads = ([entry[key] for entry in seen] for key in ("read_gb_per_s", "load"))
+    lines = [
+        "# Predictions of yalis plan against measurements on a CPU host",
+        "",
+        f"    yalis calibrate --output {data}/plan-validation-host.toml",
+        f"    python bench/validate_plan.py --cluster {data}/plan-validation-host.toml --rounds {record['rounds']} "
+        f"--iters {record['iters']}",
+        "",
+        f"{machine['cpu']['cores_usable']} cores of {machine['cpu']['model']}, commit {machine['commit']}, calibrated "
+        f"{record['calibrated']}. All predictions were written to `data/plan-validation-predicted.json` before the "
+        "first run.",
+        f"Shapes that calibration does not use, random weights, prompts of {INPUT} tokens, {OUTPUT} tokens out; ranks "
+        "beyond the cores share them.",
+        f"Every cell was measured once in each of {record['rounds']} rounds, {record['iters']} runs a time; the mean "
+        "over the rounds counts, and least to most of the rounds stand behind it. ms.",
+        "",
+        "| cell |" + "".join(f" {k} predicted | measured | least to most | error |" for k in KINDS.values()),
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rounds in measured.items():
+        if name not in cells:
+            lines.append(f"| {name} | failed: {rounds[-1]['error'].splitlines()[-1]} |" + " |" * 7)
+            continue
+        words = [name]
+        for key in KINDS:
+            ms = {k: 1e3 * v for k, v in cells[name][key].items()}
+            words += [f"{ms['predicted']:.2f}", f"{ms['measured']:.2f}", f"{ms['least']:.2f} to {ms['most']:.2f}"]
+            words.append(f"{cells[name][key]['error']:+.0%}")
+        lines.append("| " + " | ".join(words) + " |")
+    lines.append("")
+    for key, label in KINDS.items():
+        errors = {name: cell[key]["error"] for name, cell in cells.items()}
+        if not errors:
+            continue
+        mean = statistics.fmean(map(abs, errors.values()))
+        worst = max(errors, key=lambda name: abs(errors[name]))
+        met = mean <= GOAL_MEAN and abs(errors[worst]) <= GOAL_WORST and len(errors) == len(measured)
+        spread = statistics.fmean((c[key]["most"] - c[key]["least"]) / c[key]["measured"] for c in cells.values())
+        bias = statistics.fmean(errors.values())
+        apart = f"Rounds of one cell lie {spread:.0%} apart" if record["rounds"] > 1 else "One round, so no spread"
+        lines.append(
+            f"- **{label}**: mean absolute error {mean:.0%}, worst {errors[worst]:+.0%} ({worst}), mean error "
+            f"{bias:+.0%}; goal (15 and 30) {'met' if met else 'missed'}. {apart}."
+        )
+    lines += [
+        f"- **The host meanwhile**: its cores read {min(probes):.0f} to {max(probes):.0f} GB/s (mean "
+        f"{statistics.fmean(probes):.0f}) around the runs; load {min(loads):.1f} to {max(loads):.1f} with the "
+        f"benchmark's own, other processes used {statistics.fmean(e['others_cores'] for e in seen):.2f} cores on "
+        f"average and {max(e['others_cores'] for e in seen):.2f} at most, at most "
+        f"{max(e['steal_percent'] for e in seen):.0f} percent of the time was stolen.",
+        "",
+        "## By layout",
+        "",
+        "Mean error of prediction over both shapes, and the largest predicted terms of a step:",
+        "",
+        "| layout | TTFT | TPOT | terms of TPOT |",
+        "|---|---|---|---|",
+    ]
+    for tp, pp in SCHEMES:
+        for batch in BATCHES:
+            names = [n for n in cells if n.endswith(f" TP{tp} PP{pp} batch {batch}")]
+            if not names:
+                continue
+            errors = [f"{statistics.fmean(cells[n][key]['error'] for n in names):+.0%}" for key in KINDS]
+            terms = record["predicted"][names[0]]["tpot_terms_s"]
+            total = sum(terms.values())
+            largest = sorted(terms, key=lambda t: -terms[t])[:3]
+            words = ", ".join(f"{t.removesuffix('_s')} {terms[t] / total:.0%}" for t in largest)
+            lines.append(f"| TP{tp} PP{pp} batch {batch} | {errors[0]} | {errors[1]} | {words} |")
+    lines += [
+        "",
+        "What the predictions rest on, and what was not measured: the cluster description holds every constant with "
+        "its interval",
+        "(`data/plan-validation-host.toml`, raw samples beside it); nothing was tuned after the predictions. From GPUs "
+        "there is no such table.",
+        "Raw numbers: `data/plan-validation.json`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Predict, write, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cluster", required=True)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/results")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--iters", type=int, default=3, help="runs of a cell in each round")
+    parser.add_argument("--limit-s", type=float, default=120.0, help="longest run of one cell")
+    parser.add_argument("--max-load", type=float, default=0.5, help="load of the last minute at which to begin")
+    parser.add_argument("--patience-s", type=float, default=120.0, help="longest wait for that load")
+    parser.add_argument("--cells", default="", metavar="TEXT", help="only cells whose name holds it; for a try")
+    args = parser.parse_args()
+    try:
+        cluster = load_cluster(args.cluster)
+        predicted = predictions(args.cluster, args.cells)
+        wait_for_quiet(args.max_load, args.patience_s)
+    except ConfigError as error:
+        print(f"validate_plan: {error}", file=sys.stderr)
+        return 1
+    data = args.output / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    stored = {"time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "cluster": cluster.title}
+    (data / "plan-validation-predicted.json").write_text(json.dumps({**stored, "cells": predicted}, indent=1) + "\n")
+    measured = run(predicted, args)
+    record = {
+        "rounds": args.rounds,
+        "iters": args.iters,
+        "calibrated": cluster.notes.get("date", "on an unknown day"),
+        "machine": machine_record(),
+        "predicted": predicted,
+        "measured": measured,
+        "cells": cells_of(predicted, measured),
+    }
+    (data / "plan-validation.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = page(record, "docs/results/data")
+    (args.output / "plan-validation.md").write_text(text)
+    print("\n".join(line for line in text.splitlines() if line.startswith("- **")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Marks every test by its folder (unit, ranks, kernels, gpu), sets hypothesis up for shared machines, hides GPUs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+_TESTS = Path(__file__).resolve().parent
+
+# No deadline for one example: a busy machine is no failure, and pytest's timeout bounds the whole test.
+settings.register_profile("yalis", deadline=None, print_blob=True)
+settings.load_profile("yalis")
+
+# These tests are about CPU ranks, and NCCL refuses several ranks on one GPU: on a machine with GPUs they must not see
+# them. Set before any test imports torch, and inherited by the processes that tests start.
+if not any("tests/gpu" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(_TESTS).parts[0]
+        if folder in ("unit", "ranks", "kernels", "gpu"):
+            item.add_marker(folder)

@@ -1,0 +1,76 @@
+"""bench/validate_plan.py: what its page says of predictions and measurements, and that it wants a quiet machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from yalis.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("validate_plan", ROOT / "bench/validate_plan.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _predicted(tp: int, batch: int, ttft_s: float, tpot_s: float) -> dict[str, Any]:
+    terms = {"gemm_s": 0.8 * tpot_s, "launch_s": 0.15 * tpot_s, "host_s": 0.05 * tpot_s}
+    return {"tp": tp, "pp": 1, "batch": batch, "ttft_s": ttft_s, "tpot_s": tpot_s, "tpot_terms_s": terms}
+
+
+def _round(ttft_s: float, tpot_s: float) -> dict[str, Any]:
+    seen = {"read_gb_per_s": 60.0, "load": 1.2, "steal_percent": 0.5, "others_cores": 0.1}
+    return {**seen, "ttft_s": [ttft_s, ttft_s], "tpot_s": [tpot_s, tpot_s]}
+
+
+def _record(bench: ModuleType, measured: dict[str, Any]) -> dict[str, Any]:
+    predicted = {f"some TP{tp} PP1 batch 1": _predicted(tp, 1, 0.050, 0.010) for tp in (1, 2)}
+    machine = {"cpu": {"cores_usable": 2, "model": "a CPU"}, "commit": "abc"}
+    record = {"rounds": 2, "iters": 2, "calibrated": "today", "machine": machine, "predicted": predicted}
+    return {**record, "measured": measured, "cells": bench.cells_of(predicted, measured)}
+
+
+def test_means_over_rounds_decide(bench: ModuleType) -> None:
+    rounds = {
+        "some TP1 PP1 batch 1": [_round(0.045, 0.010), _round(0.055, 0.012)],
+        "some TP2 PP1 batch 1": [_round(0.050, 0.009), _round(0.050, 0.009)],
+    }
+    record = _record(bench, rounds)
+    cell = record["cells"]["some TP1 PP1 batch 1"]["tpot_s"]
+    assert cell["measured"] == pytest.approx(0.011)
+    assert cell["error"] == pytest.approx(-1 / 11)
+    assert (cell["least"], cell["most"]) == (0.010, 0.012)
+    text = bench.page(record, "data")
+    assert (
+        "| some TP1 PP1 batch 1 | 50.00 | 50.00 | 45.00 to 55.00 | +0% | 10.00 | 11.00 | 10.00 to 12.00 | -9% |" in text
+    )
+    assert "**TPOT**: mean absolute error 10%, worst +11% (some TP2 PP1 batch 1)" in text
+    assert text.count("goal (15 and 30) met") == 2
+    assert "| TP1 PP1 batch 1 | +0% | -9% | gemm 80%, launch 15%, host 5% |" in text
+
+
+def test_a_cell_that_failed_misses_the_goal_and_is_named(bench: ModuleType) -> None:
+    failed = {"read_gb_per_s": 60.0, "load": 1.2, "steal_percent": 0.5, "others_cores": 0.1, "error": "no\nmemory"}
+    rounds = {"some TP1 PP1 batch 1": [_round(0.05, 0.01)], "some TP2 PP1 batch 1": [failed]}
+    text = bench.page(_record(bench, rounds), "data")
+    assert "| some TP2 PP1 batch 1 | failed: memory |" in text
+    assert text.count("goal (15 and 30) missed") == 2
+
+
+def test_a_busy_machine_is_refused(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 3.0, 3.0))
+    with pytest.raises(ConfigError, match=r"load 3.00 is above 0.5 for 0 s: .*--max-load"):
+        bench.wait_for_quiet(0.5, 0.0)
+    bench.wait_for_quiet(4.0, 0.0)

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkpoints import cached_checkpoints
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Tiny random checkpoints, each made once; copy one before changing it."""
+    return cached_checkpoints(tmp_path_factory.mktemp("checkpoints"))

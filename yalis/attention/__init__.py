@@ -1,0 +1,1 @@
+"""Attention backends behind one small contract (`yalis.attention.base`), found by name (`registry`)."""

@@ -1,0 +1,1 @@
+"""Command line: `main` finds the subcommand, one module each does the work."""

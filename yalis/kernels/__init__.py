@@ -1,0 +1,1 @@
+"""Compute kernels behind plain functions on torch tensors (`yalis.kernels.ops`)."""

@@ -1,0 +1,258 @@
+"""Products of few rows with a large weight, in Triton: the weight is streamed once, at the speed of memory.
+
+`_one_row` multiplies and adds in registers (a matrix unit would idle fifteen of sixteen rows); `_few_rows` takes the
+weight as the left operand of the matrix units, so that its 64 or more rows fill them and the few activations are the
+columns. Both accumulate in fp32 and round once; with GATED they compute a row of gate and a row of up side by side and
+leave ``silu(gate) * up``, rounded as two kernels would round it.
+
+With PDL a program first asks for the beginning of its weights, which no kernel writes, and only then waits for its
+predecessor: memory is busy while the predecessor drains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+from yalis.kernels.triton_elementwise import ask_for, silu_product
+
+
+@triton.jit
+def _ask_ahead(weight, step, rows, n, k, ahead, SIZE: tl.constexpr):
+    """The first ``ahead`` columns of the weight's ``rows``, or somewhat more."""
+    LINE: tl.constexpr = 128 // SIZE
+    first = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * step
+    for at in tl.range(0, ahead, 8 * LINE):
+        columns = at + tl.arange(0, 8) * LINE
+        ask_for(first + tl.minimum(columns, k - 1)[None, :])
+
+
+@triton.jit(do_not_specialize=["ahead"])
+def _one_row(
+    x, weight, bias, out, n, k, weight_step, ahead,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = weight.dtype.element_ty
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    start = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * weight_step
+    second = start + n.to(tl.int64) * weight_step
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        _ask_ahead(weight, weight_step, rows, n, k, ahead, SIZE)
+        if GATED:
+            _ask_ahead(weight + n.to(tl.int64) * weight_step, weight_step, rows, n, k, ahead, SIZE)
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    more = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for at in tl.range(0, k, COLUMNS, num_stages=STAGES):
+        columns = at + tl.arange(0, COLUMNS)
+        if WHOLE:
+            values = tl.load(x + columns).to(tl.float32)[None, :]
+            sums += tl.load(start + columns[None, :], eviction_policy="evict_first").to(tl.float32) * values
+            if GATED:
+                more += tl.load(second + columns[None, :], eviction_policy="evict_first").to(tl.float32) * values
+        else:
+            there = columns < k
+            values = tl.load(x + columns, mask=there, other=0).to(tl.float32)[None, :]
+            sums += tl.load(start + columns[None, :], mask=there[None, :], other=0).to(tl.float32) * values
+            if GATED:
+                more += tl.load(second + columns[None, :], mask=there[None, :], other=0).to(tl.float32) * values
+    found = tl.sum(sums, 1)
+    if BIAS:
+        found += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)
+    if GATED:
+        up = tl.sum(more, 1)
+        if BIAS:
+            up += tl.load(bias + n + rows, mask=inside, other=0).to(tl.float32)
+        product = silu_product(found.to(DTYPE).to(tl.float32), up.to(DTYPE).to(tl.float32), DTYPE)
+        tl.store(out + rows, product, mask=inside)
+    else:
+        tl.store(out + rows, found.to(DTYPE), mask=inside)
+
+
+@triton.jit
+def _finish(gate, up, bias, out, m, n, out_step, rows, tokens, GATED: tl.constexpr, BIAS: tl.constexpr):
+    """Bias, activation, store of sums [ROWS, TOKENS]."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    inside = rows < n
+    if BIAS:
+        gate += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)[:, None]
+        if GATED:
+            up += tl.load(bias + n + rows, mask=inside, other=0).to(tl.float32)[:, None]
+    found = gate.to(DTYPE)
+    if GATED:
+        found = silu_product(found.to(tl.float32), up.to(DTYPE).to(tl.float32), DTYPE)
+    kept = inside[:, None] & (tokens < m)[None, :]
+    tl.store(out + tokens.to(tl.int64)[None, :] * out_step + rows[:, None], found, mask=kept)
+
+
+@triton.jit(do_not_specialize=["m", "ahead"])
+def _few_rows(
+    x, weight, bias, out, parts, counters, m, n, k, x_step, weight_step, out_step, ahead,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = weight.dtype.element_ty
+    SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    tokens = tl.arange(0, TOKENS)
+    per_split = tl.cdiv(tl.cdiv(k, COLUMNS), SPLITS) * COLUMNS
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, k)
+    start = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * weight_step
+    second = start + n.to(tl.int64) * weight_step
+    values = x + tl.minimum(tokens, m - 1).to(tl.int64)[None, :] * x_step
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        own = weight + begin
+        near = tl.minimum(ahead, end - begin)
+        _ask_ahead(own, weight_step, rows, n, k - begin, near, SIZE)
+        if GATED:
+            _ask_ahead(own + n.to(tl.int64) * weight_step, weight_step, rows, n, k - begin, near, SIZE)
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros([ROWS, TOKENS], tl.float32)
+    more = tl.zeros([ROWS, TOKENS], tl.float32)
+    for at in tl.range(begin, end, COLUMNS, num_stages=STAGES):
+        columns = at + tl.arange(0, COLUMNS)
+        if WHOLE:
+            right = tl.load(values + columns[:, None])
+            left = tl.load(start + columns[None, :])
+            sums = tl.dot(left, right, sums, input_precision=PRECISION)
+            if GATED:
+                left = tl.load(second + columns[None, :])
+                more = tl.dot(left, right, more, input_precision=PRECISION)
+        else:
+            there = columns < k
+            right = tl.load(values + columns[:, None], mask=there[:, None], other=0)
+            left = tl.load(start + columns[None, :], mask=there[None, :], other=0)
+            sums = tl.dot(left, right, sums, input_precision=PRECISION)
+            if GATED:
+                left = tl.load(second + columns[None, :], mask=there[None, :], other=0)
+                more = tl.dot(left, right, more, input_precision=PRECISION)
+    if SPLITS == 1:
+        _finish(sums, more, bias, out, m, n, out_step, rows, tokens, GATED, BIAS)
+    else:
+        # Every split leaves its sums; the last to arrive adds them in the order of the splits, whoever it is.
+        size = ROWS * TOKENS
+        places = tl.arange(0, ROWS)[:, None] * TOKENS + tokens[None, :]
+        first = parts + tile.to(tl.int64) * (SPLITS * size * (2 if GATED else 1))
+        own = first + split * (size * (2 if GATED else 1))
+        tl.store(own + places, sums)
+        if GATED:
+            tl.store(own + size + places, more)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            tl.debug_barrier()
+            tl.store(counters + tile, 0)
+            sums = tl.zeros([ROWS, TOKENS], tl.float32)
+            more = tl.zeros([ROWS, TOKENS], tl.float32)
+            for part in tl.static_range(SPLITS):
+                own = first + part * (size * (2 if GATED else 1))
+                sums += tl.load(own + places, cache_modifier=".cg")
+                if GATED:
+                    more += tl.load(own + size + places, cache_modifier=".cg")
+            _finish(sums, more, bias, out, m, n, out_step, rows, tokens, GATED, BIAS)
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    """How one of the kernels is cut.
+
+    Attributes:
+        rows: rows of the weight per program.
+        columns: columns of the weight per tile.
+        warps: of one program.
+        stages: tiles in flight.
+        splits: programs that share a row's columns; 0 is `_one_row`.
+        ahead: columns of each row that are asked for before the predecessor has ended.
+        tokens: least columns of the matrix product, 8 or 16; activations are padded to it or to a power of two.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    splits: int = 0
+    ahead: int = 0
+    tokens: int = 8
+
+    def __str__(self) -> str:
+        kind = f"x{self.splits}" if self.splits else ""
+        return f"{self.rows}x{self.columns}{kind} w{self.warps} s{self.stages} a{self.ahead} t{self.tokens}"
+
+    def padded(self, m: int) -> int:
+        """Columns of the matrix product for ``m`` rows of activations."""
+        return max(self.tokens, int(triton.next_power_of_2(m)))
+
+
+class GemmScratch:
+    """Partial sums of split products, and the arrival counters, which every launch leaves at zero.
+
+    Args:
+        elements: float32 partial sums.
+        tiles: arrival counters.
+    """
+
+    def __init__(self, elements: int, tiles: int, device: torch.device):
+        self.device = device
+        self.partial = torch.empty(elements, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(tiles, dtype=torch.int32, device=device)
+
+    @staticmethod
+    def needed(shape: GemmShape, m: int, n: int, gated: bool) -> tuple[int, int]:
+        """(elements, tiles) of a product of ``n`` rows of output."""
+        if shape.splits <= 1:
+            return 0, 0
+        tiles = triton.cdiv(n, shape.rows)
+        return tiles * shape.splits * shape.rows * shape.padded(m) * (2 if gated else 1), tiles
+
+
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    shape: GemmShape,
+    scratch: GemmScratch | None,
+    *,
+    gated: bool,
+    pdl: bool,
+    compile_only: bool = False,
+) -> None:
+    """``x @ weight.T + bias`` in ``out``, or with ``gated`` ``silu(gate) * up`` of its two halves.
+
+    Args:
+        x: [M, K], rows contiguous; M is 1 for shapes without splits.
+        weight: [N, K], rows contiguous; [2 N, K] if gated.
+        bias: [N] ([2 N] if gated) or None.
+        out: [M, N], rows contiguous.
+        scratch: what `GemmScratch.needed` says; may be None where that is nothing.
+        compile_only: compile what would be launched; ``out`` is left as it is.
+    """
+    m, k = x.shape
+    n = out.shape[1]
+    held = weight if bias is None else bias
+    flags = dict(GATED=gated, BIAS=bias is not None, PDL=pdl, num_warps=shape.warps, launch_pdl=pdl)
+    if shape.splits == 0:
+        grid = (triton.cdiv(n, shape.rows), 1)
+        (partial(_one_row.warmup, grid=grid) if compile_only else _one_row[grid])(
+            x, weight, held, out, n, k, weight.stride(0), min(shape.ahead, k),
+            ROWS=shape.rows, COLUMNS=shape.columns, STAGES=shape.stages, WHOLE=k % shape.columns == 0, **flags,
+        )  # fmt: skip
+        return
+    sums, counters = (held, held) if scratch is None else (scratch.partial, scratch.counters)
+    grid = (triton.cdiv(n, shape.rows), shape.splits)
+    (partial(_few_rows.warmup, grid=grid) if compile_only else _few_rows[grid])(
+        x, weight, held, out, sums, counters, m, n, k, x.stride(0), weight.stride(0), out.stride(0), shape.ahead,
+        TOKENS=shape.padded(m), ROWS=shape.rows, COLUMNS=shape.columns, STAGES=shape.stages, SPLITS=shape.splits,
+        WHOLE=k % shape.columns == 0, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **flags,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Building blocks of the architectures: sharded weights, linears, embedding, rope, attention and MLP blocks."""

@@ -1,0 +1,245 @@
+"""Measure this machine and describe it as a cluster: links, all-reduces, products, and the engine's own steps.
+
+Every number comes from the engine's own operations in real ranks: the communicator's sends and all-reduces and the
+linear layer (`yalis.study.sweep`), and whole steps of small models (`yalis.study.steps`). Machines change their speed
+within seconds, so groups take turns, pass after pass, and a mean over all of it counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from yalis.errors import ConfigError
+from yalis.study import sweep
+from yalis.study.cluster import Cluster, Rates, parse_cluster
+from yalis.study.cost import Layout
+from yalis.study.describe import Host, describe, fit_curves, products_by_rows
+from yalis.study.netns import started_ranks
+from yalis.study.steps import Samples, blank_rates, measure_steps, merge, shapes_of, with_bounds
+from yalis.utils.machine import usable_cores
+
+Say = Callable[[str], None]
+# A product apart from the engine and within its steps should cost the same; further apart, one of them was disturbed.
+_AGREES = 0.10
+
+
+@dataclass(frozen=True)
+class Group:
+    """One launch of a sweep: ranks, ranks of a declared node, what to measure."""
+
+    ranks: int
+    per_node: int
+    algorithms: tuple[str, ...]
+    ping_pong: bool = False
+    product_rounds: int = 0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to measure.
+
+    Attributes:
+        iters: timed calls for each size of a message. high: largest message in bytes.
+        product_rounds: samples of each product. passes: over all layouts; rounds: of an engine in each.
+        quick: little memory and short samples.
+    """
+
+    iters: int
+    high: int = 1 << 20
+    product_rounds: int = 12
+    passes: int = 2
+    rounds: int = 3
+    quick: bool = False
+
+
+def effort(iters: int, *, quick: bool) -> Effort:
+    """A whole calibration, or a look."""
+    return Effort(min(iters, 5), 1 << 14, 2, 1, 1, True) if quick else Effort(iters)
+
+
+def run_sweep(
+    group: Group,
+    *,
+    device: str = "cpu",
+    iters: int = 20,
+    low: int = 256,
+    high: int = 1 << 20,
+    strict: bool = True,
+    quick: bool = False,
+    env: Mapping[str, str] | None = None,
+    limit_s: float = 300.0,
+) -> dict[str, Any]:
+    """Start the ranks, wait, and return what rank 0 wrote.
+
+    Args:
+        strict: an algorithm that cannot serve here is an error; else it is left out and named under ``skipped``.
+
+    Raises:
+        ConfigError: the ranks failed or took longer than ``limit_s``.
+    """
+    with tempfile.TemporaryDirectory(prefix="yalis-sweep-") as folder:
+        out = Path(folder) / "sweep.json"
+        options = [*_options(group, device, iters, low, high, strict, quick), "--out", str(out)]
+        with started_ranks(group.ranks, group.per_node, ["yalis.study.sweep", *options], env or {}) as ranks:
+            good = ranks.wait(limit_s)
+        if good is None:
+            raise ConfigError(f"the sweep of {group.ranks} ranks took longer than {limit_s:g} s")
+        if not good or not out.exists():
+            raise ConfigError(f"the sweep of {group.ranks} ranks failed; see what they printed above")
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+
+def _options(group: Group, device: str, iters: int, low: int, high: int, strict: bool, quick: bool) -> list[str]:
+    options = ["--device", device, "--iters", str(iters), "--low", str(low), "--high", str(high)]
+    options += ["--ranks-per-node", str(group.per_node), "--algorithms", ",".join(group.algorithms)]
+    options += ["--product-rounds", str(group.product_rounds)]
+    for name, wanted in (("--ping-pong", group.ping_pong), ("--strict", strict), ("--quick", quick)):
+        options += [name] if wanted else []
+    return options
+
+
+def groups_of(max_ranks: int, device: str, product_rounds: int) -> list[Group]:
+    """Sweeps of a host: 1, 2, 4, ... ranks on one node, and on CPU ranks as declared nodes besides."""
+    counts = [n for n in (1, 2, 4, 8) if n <= max_ranks]
+    inside = ("shm", "torch") if device == "cpu" else ("nccl", "nvrar", "symm_mem")
+    found = []
+    for ranks in counts:
+        algorithms = inside if ranks > 1 else ()
+        found.append(Group(ranks, ranks, algorithms, ping_pong=ranks == 2, product_rounds=product_rounds))
+        for nodes in [n for n in (2, 4, 8) if device == "cpu" and 1 < n <= ranks]:
+            found.append(Group(ranks, ranks // nodes, ("rd",), ping_pong=ranks == 2))
+    return found
+
+
+def layouts_of(max_ranks: int, device: str) -> list[Layout]:
+    """Layouts whose steps are measured: TP over 1, 2, 4, ... ranks; on CPU ranks, also two stages of half as many."""
+    counts = [n for n in (1, 2, 4, 8) if n <= max_ranks]
+    tensor = [Layout(n, 1, 1) for n in counts]
+    return tensor + [Layout(n // 2, 2, 1) for n in counts if n > 1] if device == "cpu" else tensor
+
+
+def measure_layouts(layouts: Sequence[Layout], device: str, much: Effort, say: Say) -> dict[Layout, Samples]:
+    """Samples of every layout, layouts in turn in each pass; collective under a launcher."""
+    found: dict[Layout, Samples] = {layout: {} for layout in layouts}
+    for number in range(much.passes):
+        for layout in layouts:
+            # Attention is a small part of every prediction: once, on the first layout.
+            for shape in shapes_of(layout, first=number == 0 and layout == layouts[0]):
+                say(f"pass {number + 1} of {much.passes}: {layout.name}, {shape} model")
+                merge(found[layout], shape, measure_steps(layout, shape, much.rounds, device, quick=much.quick))
+    return found
+
+
+def calibrate(
+    name: str, *, device: str, max_ranks: int, much: Effort, say: Say, env: Mapping[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """Measure this host with ranks that are started here.
+
+    Args:
+        max_ranks: largest group to measure; 1, 2, 4, 8 up to it.
+        env: for sweeps between declared nodes, such as an emulated network.
+
+    Returns:
+        the description as TOML, and the raw samples.
+
+    Raises:
+        ConfigError: ranks failed.
+    """
+    sweeps = []
+    for group in groups_of(max_ranks, device, much.product_rounds):
+        nodes = group.ranks // group.per_node
+        say(f"{group.ranks} rank(s) on {nodes} node(s): {', '.join(group.algorithms) or 'products'}")
+        common = {"device": device, "iters": much.iters, "high": much.high, "strict": False, "quick": much.quick}
+        sweeps.append(run_sweep(group, env=env if nodes > 1 else None, **common))  # type: ignore[arg-type]
+    steps = measure_layouts(layouts_of(max_ranks, device), device, much, say)
+    emulated = next((s["emulated"] for s in sweeps if s["emulated"]), "")
+    largest = max(s["ranks"] for s in sweeps)
+    nodes = max(s["nodes"] for s in sweeps)
+    host = Host(name, device, usable_cores(), largest, nodes, emulated)
+    return describe_measured(host, sweeps, steps, say), _raw(sweeps, steps)
+
+
+def calibrate_launched(name: str, *, device: str, much: Effort, say: Say) -> tuple[str, dict[str, Any]] | None:
+    """The same as one rank of a launcher's world, which is then the only group; None on ranks other than 0.
+
+    Raises:
+        ConfigError: a pipeline or a single GPU cannot be measured so.
+    """
+    from yalis.comm.topology import from_environment
+
+    topology = from_environment(os.environ)
+    world, per_node = topology.world_size, topology.ranks_per_node
+    inside = ("shm", "torch") if topology.num_nodes == 1 else ("rd", "torch")
+    algorithms = inside if device == "cpu" else ("nccl", "nvrar", "symm_mem")
+    group = Group(world, per_node, algorithms, ping_pong=True, product_rounds=much.product_rounds)
+    if topology.rank:
+        say = _silent
+    say(f"{world} ranks on {topology.num_nodes} node(s): {', '.join(algorithms)}, products")
+    args = sweep.parse(_options(group, device, much.iters, 256, much.high, False, much.quick))
+    found = sweep.measure(args)
+    steps = measure_layouts([Layout(world, 1, topology.num_nodes)], device, much, say)
+    if topology.rank:
+        return None
+    host = Host(name, device, usable_cores(), per_node, topology.num_nodes, found["emulated"])
+    return describe_measured(host, [found], steps, say), _raw([found], steps)
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def describe_measured(
+    host: Host, sweeps: Sequence[Mapping[str, Any]], steps: Mapping[Layout, Samples], say: Say, *, draws: int = 25
+) -> str:
+    """Fit, check, describe; ``draws`` resamplings for the intervals."""
+    # The cost model needs a cluster to be solved in: one with everything but the steps.
+    curves = fit_curves(sweeps)
+    draft = _parse(describe(host, sweeps, curves, [blank_rates(Layout(1, 1, 1), 1)]))
+    rates = with_bounds(draft, steps, draws=draws)
+    for line in disagreements(rates, sweeps):
+        say(f"warning: {line}")
+    return describe(host, sweeps, curves, rates)
+
+
+def disagreements(rates: Sequence[Rates], sweeps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where products within the engine's steps and apart from them differ by more than a tenth, in words.
+
+    Of the shapes apart, the nearest counts: a model's matrices are of several shapes.
+    """
+    found = []
+    for sweep_ in sweeps:
+        mine = next((r for r in rates if (r.tp, r.pp) == (sweep_["ranks"], 1)), None)
+        if mine is None or not sweep_.get("products"):
+            continue
+        for rows in (1, 8):
+            within = mine.weight_s(rows, 1.0)
+            apart = []
+            for shape in sweep_["products"]:
+                xs, ys, *_ = products_by_rows(sweep_, shape)
+                apart.append(ys[xs.index(rows)])
+            nearest = min(apart, key=lambda s: abs(s - within))
+            if abs(nearest - within) > _AGREES * within:
+                found.append(
+                    f"{mine.ranks} rank(s), {rows} row(s): weights at {1e-9 / within:.1f} GB/s in the engine's steps, "
+                    f"{1e-9 / nearest:.1f} apart from it; calibrate again on a quiet machine"
+                )
+    return found
+
+
+def _parse(text: str) -> Cluster:
+    return replace(parse_cluster(tomllib.loads(text), "the calibration"), rates=())
+
+
+def _raw(sweeps: Sequence[Mapping[str, Any]], steps: Mapping[Layout, Samples]) -> dict[str, Any]:
+    return {
+        "sweeps": list(sweeps),
+        "steps": [{"tp": x.tp, "pp": x.pp, "nodes": x.nodes, "samples": s} for x, s in steps.items()],
+    }
