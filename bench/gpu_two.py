@@ -178,7 +178,7 @@ class Part:
         name: of the part.
         limit_s: most seconds it may take.
         command: ``{folder}`` stands for a folder of its own, empty at first; in ``env``, too.
-        writes: files in that folder, by the key they get in the document: JSON, or JUnit's XML.
+        writes: files in that folder, by the key they get in the document: JSON, JUnit's XML, or plain text.
         env: variables that it gets.
     """
 
@@ -192,7 +192,9 @@ class Part:
 def parts() -> list[Part]:
     """All of them, in order of value."""
     yalis = (sys.executable, "-m", "yalis")
-    made = [Part("machine", 30, (sys.executable, str(Path(__file__).resolve()), "--machine"))]
+    itself = (sys.executable, str(Path(__file__).resolve()))
+    made = [Part("machine", 30, (*itself, "--machine"))]
+    made.append(Part("ceilings", 40, (*itself, "--ceilings", "--out", "{folder}/c.json"), {"record": "c.json"}))
     asked = ("--temperature", "0", "--max-tokens", "24", "This program is free software")
     layouts = {name: ("--tp", "2", "--all-reduce", name) for name in ("nccl", "nvrar", "symm_mem", "null")}
     for name, layout in {**layouts, "pp": ("--pp", "2")}.items():
@@ -229,7 +231,9 @@ def parts() -> list[Part]:
         "--max-num-batched-tokens", "8192", "--max-num-seqs", "256", "--output-json", "{folder}/record.json",
     )  # fmt: skip
     made.append(Part("throughput", 120, throughput, {"record": "record.json"}))
-    rules = (sys.executable, str(Path(__file__).resolve()), "--sampling", SHAPES["8b"], "--out", "{folder}/record.json")
+    calibrate = (*yalis, "calibrate", "--device", "cuda", "--max-ranks", "2", "--output", "{folder}/host.toml")
+    made.append(Part("calibrate", 200, calibrate, {"description": "host.toml"}))
+    rules = (*itself, "--sampling", SHAPES["8b"], "--out", "{folder}/record.json")
     for ranks in ("1", "2"):
         made.append(Part(f"sampling-{ranks}", 120, (*rules, "--ranks", ranks), {"record": "record.json"}))
     start = [
@@ -258,7 +262,8 @@ def run_part(part: Part, seconds: float) -> dict[str, Any]:
             path = Path(folder, name)
             if path.exists():
                 text = path.read_text()
-                record[key] = junit_counts(text) if path.suffix == ".xml" else json.loads(text)
+                read = {".xml": junit_counts, ".json": json.loads}.get(path.suffix, str)
+                record[key] = read(text)
     return record
 
 
@@ -290,6 +295,44 @@ def machine() -> None:
     print(run_tool(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]) or "no nvidia-smi")
     print(run_tool(["nvidia-smi", "topo", "-m"]) or "")
     print(json.dumps(machine_record(), indent=1))
+
+
+def ceilings() -> dict[str, Any]:
+    """What each GPU can do at best: bytes/s of a copy, read and written counted, and FLOP/s of a large bf16 product.
+
+    Median of 15 with random data; a step's floor is its weights' bytes over the first.
+    """
+    import statistics
+
+    import torch
+
+    found: dict[str, Any] = {"copy_bytes_per_s": [], "product_flops_per_s": []}
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.set_device(index)
+        source = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
+        target = torch.empty_like(source)
+        left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+        def median_s(work: Callable[[], object]) -> float:
+            times = []
+            for _ in range(18):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                work()
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end) / 1e3)
+            return statistics.median(times[3:])
+
+        copied = median_s(lambda source=source, target=target: target.copy_(source))  # type: ignore[misc]
+        assert torch.equal(source, target)
+        found["copy_bytes_per_s"].append(2 * 2 * source.numel() / copied)
+        multiplied = median_s(lambda left=left, right=right: left @ right)  # type: ignore[misc]
+        found["product_flops_per_s"].append(2 * 8192**3 / multiplied)
+        del source, target
+        torch.cuda.empty_cache()
+    print(json.dumps(found))
+    return found
 
 
 def sampling(model: str, ranks: int, batches: Sequence[int] = (1, 8, 64), tokens: int = 65) -> dict[str, Any]:
@@ -339,6 +382,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--show", type=Path, metavar="FILE", help="only print the verdicts of a file")
     parser.add_argument("--list", action="store_true", help="only print the parts")
     parser.add_argument("--machine", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--ceilings", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--sampling", metavar="MODEL", help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, default=1, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -352,6 +396,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.machine:
         sys.path.insert(0, str(ROOT))
         return machine()
+    if arguments.ceilings:
+        arguments.out.write_text(json.dumps({"results": ceilings()}))
+        return None
     if arguments.sampling:
         sys.path.insert(0, str(ROOT))
         figures = {"results": sampling(arguments.sampling, arguments.ranks)}

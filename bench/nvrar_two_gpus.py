@@ -508,6 +508,9 @@ def _contend(rank: int, which: str, folder: Path) -> None:
         if rank == 0:
             print(json.dumps(row), flush=True)
 
+    # NCCL back to back, on the stream of its own that torch gives asynchronous calls, and as engines call it: with
+    # kernels in between.
+    tick = torch.zeros(1, device="cuda")
     for size in SIZES:
         count = size // 2
         mine = numbers(rank, count)
@@ -520,6 +523,18 @@ def _contend(rank: int, which: str, folder: Path) -> None:
                 return out
 
             tell("nccl", size, lambda i, places=places: dist.all_reduce(places[i]), reduced)  # type: ignore[misc]
+
+            def apart(i: int, places: list[torch.Tensor] = places) -> None:
+                dist.all_reduce(places[i], async_op=True).wait()
+
+            def kernel_between(i: int, places: list[torch.Tensor] = places) -> None:
+                dist.all_reduce(places[i])
+                tick.add_(1)
+
+            tell("nccl_own_stream", size, apart, reduced)
+            tell("nccl_kernel_between", size, kernel_between, reduced)
+            if size == SIZES[0]:
+                tell("kernel_alone", size, lambda i: tick.add_(1), reduced)
             if count % HIDDEN == 0:
                 residuals = [torch.zeros(count // HIDDEN, HIDDEN, dtype=torch.bfloat16, device="cuda") for _ in places]
                 weight = torch.ones(HIDDEN, dtype=torch.bfloat16, device="cuda")
