@@ -26,9 +26,11 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest tests/unit tests/ranks tests/kernels --cov --cov-report=term $(PYTEST_ARGS)
 
-# Needs a GPU; what needs two is skipped, with the reason, where there is one.
+# Needs a GPU; what needs two is skipped, with the reason, where there is one. The kernels' tests mostly compile, so
+# several at once; the others time out, share memory and kill, so one by one.
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu tests/gpu -rs $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m gpu tests/gpu/kernels -n 8 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m gpu tests/gpu/engine tests/gpu/nvrar $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/yalis demo

@@ -200,8 +200,8 @@ def parts() -> list[Part]:
     for name, layout in {**layouts, "pp": ("--pp", "2")}.items():
         made.append(Part(f"smoke-{name}", 75, (*yalis, "generate", "--model", DEMO, *layout, *asked)))
     # By folder, each with its file: a run that is cut off leaves none.
-    for folder, limit in (("engine", 480), ("kernels", 200), ("nvrar", 240)):
-        pytest = (sys.executable, "-m", "pytest", "-m", "gpu", f"tests/gpu/{folder}", "-v", "--tb=short")
+    for folder, limit, workers in (("engine", 480, "0"), ("kernels", 200, "8"), ("nvrar", 240, "0")):
+        pytest = (sys.executable, "-m", "pytest", "-m", "gpu", f"tests/gpu/{folder}", "-v", "--tb=short", "-n", workers)
         made.append(Part(f"tests-{folder}", limit, (*pytest, "--junitxml={folder}/junit.xml"), {"junit": "junit.xml"}))
     for per_node in ("2", "1"):
         made.append(Part(f"tune-{per_node}", 120, (*yalis, "tune", "--ranks", "2", "--ranks-per-node", per_node)))

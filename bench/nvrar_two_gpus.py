@@ -194,6 +194,11 @@ def _nvshmem() -> tuple[Path, str]:
     return Path(spec.submodule_search_locations[0]), "unknown"
 
 
+def library_path() -> dict[str, str]:
+    """With this in its environment a program finds NVSHMEM's library."""
+    return {"LD_LIBRARY_PATH": f"{_nvshmem()[0]}/lib:{os.environ.get('LD_LIBRARY_PATH', '')}"}
+
+
 def digest() -> str:
     """Of the sources of the programs."""
     found = hashlib.sha256()
@@ -205,12 +210,12 @@ def digest() -> str:
 def build(folder: Path, name: str, arch: int, seconds: float) -> Path:
     """Compile ``nvrar_peers`` (``nvrar_peers-VARIANT``) or ``nvrar_virtual_ranks``."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    home, _ = _nvshmem()
     base, _, variant = name.partition("-")
     command = [nvcc, "-std=c++17", "-O3", "--split-compile=0", f"-arch=sm_{arch}", f"-I{CSRC}"]
     command += [VARIANTS[variant]] if variant else []
     command.append(str(ROOT / f"bench/{base}.cu"))
     if base == "nvrar_peers":
+        home, _ = _nvshmem()
         command += ["-rdc=true", f"-I{home}/include", str(CSRC / "nvrar.cu"), f"-L{home}/lib"]
         command += ["-l:libnvshmem_host.so.3", "-lnvshmem_device"]  # no driver needed where it is compiled
     status, output = bounded([*command, "-o", str(folder / f"{name}.draft")], seconds)
@@ -619,8 +624,7 @@ def main() -> None:
         shown: Document = json.loads(arguments.show.read_text())
         return print("\n".join([table(shown), "", *verdict_lines(shown)]))
 
-    home, _ = _nvshmem()
-    environment = {"LD_LIBRARY_PATH": f"{home}/lib:{os.environ.get('LD_LIBRARY_PATH', '')}"}
+    environment = library_path()
     if arguments.programs is not None and (arguments.programs / "nvrar.json").exists():
         environment["YALIS_NVRAR_DIR"] = str(arguments.programs.resolve())
     document: Document = {"stages": {}}

@@ -344,7 +344,10 @@ class Communicator:
     # ---- other collectives ------------------------------------------------------------------------------------
 
     def all_gather(self, x: torch.Tensor, dim: int = -1, *, tag: str = "") -> torch.Tensor:
-        """Every rank's ``x`` joined along ``dim`` in index order; equal shapes everywhere. In a group of one ``x``."""
+        """Every rank's ``x`` joined along ``dim`` in index order, contiguous; equal shapes everywhere.
+
+        In a group of one it is ``x`` itself.
+        """
         if not -x.dim() <= dim < x.dim():
             raise CommError(
                 f"all_gather: dim={dim} of x with shape {tuple(x.shape)}; must be {-x.dim()} to {x.dim() - 1}"
@@ -357,9 +360,9 @@ class Communicator:
             self._run(f"{tag}/allgather[{self._via},{x.nbytes}B]", self._gather_into, source, parts)
         place = dim % x.dim()
         joined = (*x.shape[:place], self.size * x.shape[place], *x.shape[place + 1 :])
-        return parts.movedim(0, place).reshape(
-            joined
-        )  # a view where nothing stands before dim, as for one row of logits
+        # No copy where nothing stands before dim, as for one row of logits. A reshape alone may give a strided view
+        # ([S, 1] along the last dim does), which kernels that index by hand would misread.
+        return parts.movedim(0, place).reshape(joined).contiguous()
 
     def _gather_into(self, source: torch.Tensor, parts: torch.Tensor) -> None:
         if self._whole is not None:

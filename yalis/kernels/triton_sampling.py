@@ -138,7 +138,12 @@ def tokens_of_keys(keys: torch.Tensor, slots: torch.Tensor, last_tokens: torch.T
 
     Returns:
         [S] int64.
+
+    Raises:
+        ValueError: ``keys`` is not contiguous.
     """
+    if not keys.is_contiguous():
+        raise ValueError(f"tokens_of_keys: keys of shape {tuple(keys.shape)} have strides {keys.stride()}; pass a copy")
     rows, count = keys.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=keys.device)
     _tokens_of_keys[(rows,)](keys, tokens, slots, last_tokens, count, COUNT=triton.next_power_of_2(count))

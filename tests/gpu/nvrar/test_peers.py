@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
 NVCC = shutil.which("nvcc")
 MPS = Path(__file__).with_name("mps.sh")
 
@@ -33,20 +34,6 @@ pytestmark = [
         shutil.which("nvidia-cuda-mps-control") is None, reason="no MPS; install the driver's MPS tools"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("nvrar") / "nvrar_peers"
-    major, minor = torch.cuda.get_device_capability()
-    command = [str(NVCC), "-std=c++17", "-O3", "--split-compile=0", "-rdc=true", f"-arch=sm_{major}{minor}"]
-    command += [f"-I{ROOT / 'yalis/comm/nvrar/csrc'}", f"-I{NVSHMEM}/include"]
-    command += [str(ROOT / "bench/nvrar_peers.cu"), str(ROOT / "yalis/comm/nvrar/csrc/nvrar.cu"), f"-L{NVSHMEM}/lib"]
-    command += ["-l:libnvshmem_host.so.3", "-lnvshmem_device", "-lcuda", "-lnvidia-ml"]
-    command += ["-Xlinker", f"-rpath={NVSHMEM}/lib", "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stderr
-    return target
 
 
 CASES = (
@@ -72,11 +59,12 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_peers(program: Path, case: str) -> None:
+def test_peers(built: Callable[[str], Path], case: str) -> None:
     """Sums and norms verified bit by bit; lost, stopped, aborting and differing ranks end in an error in time."""
     shape = case.split()[0]
     nodes, local = map(int, shape.split("x"))
     per_gpu = -(-nodes * local // torch.cuda.device_count())
-    command = ["bash", str(MPS), str(per_gpu), str(program), *case.split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    command = ["bash", str(MPS), str(per_gpu), str(built("nvrar_peers")), *case.split()]
+    env = {**os.environ, "LD_LIBRARY_PATH": f"{NVSHMEM}/lib:{os.environ.get('LD_LIBRARY_PATH', '')}"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
     assert done.returncode == 0 and f"ok {shape}" in done.stdout, done.stdout + done.stderr

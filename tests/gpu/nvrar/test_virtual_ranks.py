@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
 NVCC = shutil.which("nvcc")
 
 pytestmark = [
@@ -18,38 +18,20 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("nvrar") / "nvrar_virtual_ranks"
-    major, minor = torch.cuda.get_device_capability()
-    command = [
-        str(NVCC),
-        "-std=c++17",
-        "-O3",
-        "--split-compile=0",
-        f"-arch=sm_{major}{minor}",
-        f"-I{ROOT / 'yalis/comm/nvrar/csrc'}",
-        str(ROOT / "bench/nvrar_virtual_ranks.cu"),
-        "-o",
-        str(target),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
-    return target
-
-
 @pytest.mark.parametrize("arguments", ["verify 1000", "long 100000", "fail", "latency"])
-def test_virtual_ranks(program: Path, arguments: str) -> None:
+def test_virtual_ranks(built: Callable[[str], Path], arguments: str) -> None:
     """Graph replays (10^5 once) between eager calls; a missing rank ends by deadline and by abort; timing verifies."""
-    done = subprocess.run([str(program), *arguments.split()], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [str(built("nvrar_virtual_ranks")), *arguments.split()], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0 and f"ok {arguments.split()[0]}" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_sanitizer(program: Path, tool: str) -> None:
+def test_sanitizer(built: Callable[[str], Path], tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("no compute-sanitizer; install the CUDA toolkit's sanitizer package")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "99", str(program), "tiny"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "99", str(built("nvrar_virtual_ranks")), "tiny"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
