@@ -1,4 +1,4 @@
-# make setup | test | test-gpu | demo | lint | tracelens | clean. A fresh machine needs make, gcc and Python 3.11 or newer with venv
+# make setup | test | coverage | test-gpu | demo | lint | tracelens | clean. A fresh machine needs make, gcc and Python 3.11 or newer with venv
 # (Debian: apt-get install make gcc python3-venv).
 
 SHELL := /bin/bash
@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # One stamp per content of these files: nothing is installed again until one of them changes.
 STAMP := .venv/.stamp-$(shell cat pyproject.toml requirements-lock.txt tools/setup_venv.sh | sha256sum | cut -c1-16)
 
-.PHONY: setup test test-gpu demo lint tracelens clean
+.PHONY: setup test coverage test-gpu demo lint tracelens clean
 
 setup: $(STAMP)
 
@@ -23,8 +23,15 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two files of tests at a time. Tests that watch deadlines of tens of milliseconds fail now and then on a machine that
+# others use too: what fails is tried twice more, and the end of the run names it.
+CPU_TESTS := tests/unit tests/ranks tests/kernels --reruns 2 -r sR --durations 25
 test: lint
-	$(BIN)/python -m pytest tests/unit tests/ranks tests/kernels --cov --cov-report=term $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(CPU_TESTS) -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# Tracing costs half as much again, in every process that a test starts.
+coverage: setup
+	$(BIN)/python -m pytest $(CPU_TESTS) --cov --cov-report=term $(PYTEST_ARGS)
 
 # Needs a GPU; what needs two is skipped, with the reason, where there is one. The kernels' tests mostly compile, so
 # several at once; the others time out, share memory and kill, so one by one.

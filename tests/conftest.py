@@ -15,9 +15,10 @@ _TESTS = Path(__file__).resolve().parent
 settings.register_profile("yalis", deadline=None, print_blob=True)
 settings.load_profile("yalis")
 
-# These tests are about CPU ranks, and NCCL refuses several ranks on one GPU: on a machine with GPUs they must not see
-# them. Set before any test imports torch, and inherited by the processes that tests start.
-if not any("tests/gpu" in argument for argument in sys.argv):
+# These tests are about CPU ranks, and NCCL refuses several ranks on one GPU: on a machine with GPUs they must not
+# see them. Set before any test imports torch, and inherited by the processes that tests start; workers of pytest-xdist,
+# which have no arguments of their own, inherit what was decided here.
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("tests/gpu" in argument for argument in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

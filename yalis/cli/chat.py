@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from typing import Any
 
@@ -86,7 +87,7 @@ def _read(interactive: bool) -> str | None:
 def _answer(outputs: Any) -> str | None:
     """Print an answer as it comes; its text, or None if it was refused. Ctrl-C keeps what has come so far."""
     shown, text = 0, ""
-    try:
+    with _Interrupt() as interrupt:
         for output in outputs:
             if output.error is not None:
                 sys.stderr.write(f"yalis: error: {output.error}; /reset starts over\n")
@@ -95,10 +96,34 @@ def _answer(outputs: Any) -> str | None:
             sys.stdout.write(text[shown:])
             sys.stdout.flush()
             shown = len(text)
-    except KeyboardInterrupt:
-        outputs.close()
+            if interrupt.asked:
+                outputs.close()
+                break
     sys.stdout.write("\n")
     return text
+
+
+class _Interrupt:
+    """While it is entered, the first Ctrl-C only sets ``asked``: a step of the engine is never cut in two.
+
+    A second one raises `KeyboardInterrupt` at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def _show_stats(stats: Any) -> None:
