@@ -204,9 +204,19 @@ def describe_measured(
     curves = fit_curves(sweeps)
     draft = _parse(describe(host, sweeps, curves, [blank_rates(Layout(1, 1, 1), 1)]))
     rates = with_bounds(draft, steps, draws=draws)
-    for line in disagreements(rates, sweeps):
+    for line in [*caveats(host.device), *disagreements(rates, sweeps)]:
         say(f"warning: {line}")
     return describe(host, sweeps, curves, rates)
+
+
+def caveats(device: str) -> list[str]:
+    """What a description of such ranks is not good for, in words (docs/results/gpu-engine-two.md has the figures)."""
+    if device == "cpu":
+        return []
+    return [
+        "all-reduces and products were launched one by one and the models stay in cache: a decode step, which is one "
+        "CUDA graph, waits less and reads more; compare with the shipped 2xh100 before you rely on this description"
+    ]
 
 
 def disagreements(rates: Sequence[Rates], sweeps: Sequence[Mapping[str, Any]]) -> list[str]:

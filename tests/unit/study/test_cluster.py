@@ -18,7 +18,7 @@ def raw() -> dict[str, Any]:
 
 
 def test_shipped_clusters_load_and_every_constant_says_where_it_comes_from() -> None:
-    assert set(shipped()) >= {"perlmutter", "vista", "dgx-h100", "2xh200", "cpu-host"}
+    assert set(shipped()) >= {"perlmutter", "vista", "dgx-h100", "2xh200", "2xh100", "cpu-host"}
     for name in shipped():
         cluster = load_cluster(name)
         assert cluster.name == name
@@ -65,7 +65,7 @@ def test_missing_keys_and_files_are_named(raw: dict[str, Any], tmp_path: Any) ->
     del raw["device"]["step_s"]
     with pytest.raises(ConfigError, match="device.step_s is missing"):
         parse_cluster(raw, "x.toml")
-    with pytest.raises(ConfigError, match="not shipped \\(2xh200, .*perlmutter"):
+    with pytest.raises(ConfigError, match="not shipped \\(2xh100, 2xh200, .*perlmutter"):
         load_cluster("frontier")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_cluster(tmp_path / "none.toml")

@@ -11,7 +11,7 @@ import pytest
 
 from yalis.models.config import ModelConfig
 from yalis.study import steps
-from yalis.study.calibrate import describe_measured, disagreements, layouts_of
+from yalis.study.calibrate import caveats, describe_measured, disagreements, layouts_of
 from yalis.study.cluster import Cluster, Constant, Fit, Rates, load_cluster, parse_cluster
 from yalis.study.cost import Layout, decode_terms, prefill_terms
 from yalis.study.describe import Host
@@ -166,6 +166,12 @@ def test_products_within_and_apart_from_the_engine_must_agree(found: list[Rates]
     assert disagreements(found, [_sweep(1, 1), _sweep(2, 1, 3e-11)]) == []
     (words,) = disagreements(found, [_sweep(2, 1, 4e-11)])[:1]
     assert "2 rank(s), 1 row(s): weights at 3" in words
+
+
+def test_a_description_of_gpus_says_what_it_is_not_good_for() -> None:
+    assert caveats("cpu") == []
+    (words,) = caveats("cuda")
+    assert "CUDA graph" in words and "2xh100" in words
 
 
 def test_without_a_second_rank_the_wires_are_assumed() -> None:
