@@ -22,6 +22,7 @@ import asyncio
 import copy
 import json
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -85,6 +86,7 @@ SEEDS: list[tuple[str, dict[str, Any]]] = [
 ]
 CANARY = {"prompt": "The licenses for most software", "max_tokens": 24, "temperature": 0.8, "seed": 11}
 BODY_LIMIT = 16 << 20  # the server's default
+GROWN_LIMIT = 2 * BODY_LIMIT  # what is grown may be too large, but growing it twice must not make gigabytes
 ODD_TEXTS = ["", " ", "\x00", "a" * 100_000, "\u202e\U0001f4a9" * 50, "\ud800", "<|im_end|>" * 20, "{{ 7*7 }}", "null"]
 ODD_NUMBERS: list[Any] = [
     *(0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**400, 0.5, -0.0, 1e308, -1e308, 1e-320),
@@ -161,7 +163,11 @@ def mutate_json(rng: random.Random, body: dict[str, Any]) -> Any:
         crowd = "[" + ",".join([one] * rng.choice([1_000, 30_000, 300_000])) + "]"
         holder[path[-1]] = Raw(rng.choice(['"' + "a" * 1_000_000 + '"', crowd]))
     elif isinstance(holder[path[-1]], str | list):
-        holder[path[-1]] = holder[path[-1]] * rng.choice([2, 1000])
+        size = len(encode(holder[path[-1]]))
+        factors = [factor for factor in (2, 1000) if factor * size <= GROWN_LIMIT]
+        # Copies, because a later change of one element is meant for that one.
+        copies = (copy.deepcopy(holder[path[-1]]) for _ in range(rng.choice(factors or [1])))
+        holder[path[-1]] = "".join(copies) if isinstance(holder[path[-1]], str) else [x for one in copies for x in one]
     return body
 
 
@@ -178,8 +184,7 @@ def encode(value: Any) -> bytes:
         return [plain(x) for x in v] if isinstance(v, list) else v
 
     text = json.dumps(plain(value), ensure_ascii=False)
-    for i, raw in enumerate(raws):
-        text = text.replace(f'"@raw{i}@"', raw)
+    text = re.sub('"@raw([0-9]+)@"', lambda found: raws[int(found[1])], text)
     return text.encode("utf-8", "surrogatepass")
 
 

@@ -475,6 +475,7 @@ class Runner:
         self._hidden_in = {}
         self.kv = []
         del self.model, self.attention, self.penalties, self.last_tokens
+        gc.unfreeze()  # a worker's start froze them
         gc.collect()  # layers and backend refer to each other
         try:
             torch.cuda.empty_cache()
