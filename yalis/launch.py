@@ -333,7 +333,7 @@ class AdoptedRank:
     def terminate(self) -> None:
         """See `Ranks.terminate`."""
         with self._lock:
-            if _is_stopped(self._process.pid):
+            if is_stopped(self._process.pid):
                 _signal_group(self._process.pid, signal.SIGKILL)
             _end([self._process], patience_s=0.0)
             atexit.unregister(self.terminate)
@@ -371,13 +371,13 @@ def _make_agent(group: RankGroup, args: list[str], env: dict[str, str]) -> Local
             processes = [handler.proc for handler in context.subprocess_handlers.values()]
             if group._stop.is_set():
                 for process in processes:
-                    if _is_stopped(process.pid):
+                    if is_stopped(process.pid):
                         _signal_group(process.pid, signal.SIGKILL)  # it would not hear the SIGTERM
                 _end(processes, patience_s=0.0)
             elif failed := [rank for rank, p in enumerate(processes) if p.poll()]:  # an exit code other than 0
                 group._failed_first += failed
                 for rank, process in enumerate(processes):
-                    if _is_stopped(process.pid):
+                    if is_stopped(process.pid):
                         group._stopped.add(rank)
                         _signal_group(process.pid, signal.SIGKILL)
                 _end(processes, patience_s=_PATIENCE_S)
@@ -542,7 +542,8 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
         os.killpg(pid, number)  # each rank leads a group of its own
 
 
-def _is_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped (SIGSTOP) and so will do nothing more by itself."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:

@@ -35,7 +35,7 @@ from yalis.engine.messages import (
     Status,
 )
 from yalis.engine.outputs import RequestOutput
-from yalis.engine.process import SHUTDOWN_S, EngineProcesses
+from yalis.engine.process import EngineProcesses
 from yalis.engine.sampling_params import SamplingParams
 from yalis.engine.status import status_endpoint, stuck
 from yalis.engine.tokenizer import Tokenizer, load_tokenizer
@@ -216,7 +216,8 @@ class AsyncEngineClient:
         if self.failure is None and self._ready.is_set():
             with contextlib.suppress(zmq.ZMQError):
                 self._send(Shutdown())
-                await asyncio.to_thread(self._processes.ranks.wait, SHUTDOWN_S)
+                # Who asks meanwhile hears of a rank that is found stopped.
+                self.failure = await asyncio.to_thread(self._processes.wait_for_end)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -27,7 +27,7 @@ from yalis.engine.messages import (
     Status,
 )
 from yalis.engine.outputs import Prompt, RequestOutput, plain_prompt
-from yalis.engine.process import SHUTDOWN_S, EngineProcesses
+from yalis.engine.process import EngineProcesses
 from yalis.engine.sampling_params import SamplingParams
 from yalis.engine.status import status_endpoint, stuck
 from yalis.engine.tokenizer import load_tokenizer
@@ -146,7 +146,7 @@ class EngineClient:
         if self._ranks.poll() is None:
             try:
                 self._socket.send(_ENCODER.encode(Shutdown()), zmq.NOBLOCK)
-                self._ranks.wait(SHUTDOWN_S)
+                self._processes.wait_for_end()
             except (zmq.ZMQError, YalisError):
                 pass  # rank 0 is not there to hear it; what is left is ended below
         self._processes.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -14,10 +15,12 @@ import zmq
 from yalis.comm.liveness import EXIT_PEER_LOST
 from yalis.config import EngineConfig
 from yalis.errors import ConfigError
-from yalis.launch import Nodes, Ranks, adopt_rank, launch_ranks
+from yalis.launch import Nodes, Ranks, adopt_rank, is_stopped, launch_ranks
 
 SHUTDOWN_S = 20.0
 """Longest wait for ranks that end by themselves, in seconds."""
+# How often stopped ranks are looked for meanwhile.
+_STOPPED_S = 0.25
 
 
 class EngineProcesses:
@@ -32,7 +35,7 @@ class EngineProcesses:
         self.endpoint = f"ipc://{Path(self._folder.name) / 'engine'}"
         self._ranks: Ranks | None = None
 
-    def bind(self, socket: zmq.Socket[Any], endpoint: str | None = None) -> None:
+    def bind(self, link: zmq.Socket[Any], endpoint: str | None = None) -> None:
         """Listen on ``endpoint`` (default the attribute).
 
         Raises:
@@ -40,7 +43,7 @@ class EngineProcesses:
         """
         endpoint = endpoint or self.endpoint
         try:
-            socket.bind(endpoint)
+            link.bind(endpoint)
         except zmq.ZMQError as error:  # a path of more than 107 characters, a full disk
             raise ConfigError(f"cannot listen on {endpoint}: {error}; set TMPDIR to another, shorter folder") from error
 
@@ -85,6 +88,19 @@ class EngineProcesses:
         words = message or next(filter(None, verdicts), "") or "; ".join(map(str, failures)) or "the ranks ended"
         # Before the ranks have met, rank 0 only knows that somebody did not come.
         return "; ".join([words, *(str(f) for f in failures if f.stopped and str(f) not in words)])
+
+    def wait_for_end(self) -> str | None:
+        """Give ranks that were told to end their time, at most `SHUTDOWN_S`; `close` ends the others.
+
+        Returns:
+            which rank was found stopped, as it will never end by itself; else None.
+        """
+        deadline = time.monotonic() + SHUTDOWN_S
+        while self.ranks.wait(_STOPPED_S) is None and time.monotonic() < deadline:
+            for rank, pid in self.ranks.pids.items():
+                if is_stopped(pid):
+                    return f"rank {rank} on {socket.gethostname()} (pid {pid}) was lost: it is stopped"
+        return None
 
     def close(self) -> None:
         """End what still runs. Idempotent."""

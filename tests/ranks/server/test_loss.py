@@ -68,6 +68,15 @@ def test_killed_api_process_leaves_no_rank() -> None:
         wait_for(lambda: not any(alive(pid) for pid in pids.values()), 5.0, "the end of the ranks")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_orderly_end_waits_for_no_stopped_rank(rank: int) -> None:
+    """Its silence would count only after half of the 30 s deadline, and its end was once waited for 20 s."""
+    with Server("-tp", "2") as server:
+        os.kill(server.ready().rank_pids()[rank], signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_exit(8.0) == 0
+
+
 def test_loss_while_loading() -> None:
     with Server("-tp", "2", "--dist-timeout", str(TIMEOUT_S)) as server:
         server.listening()
