@@ -168,7 +168,8 @@ class Engine:
 
     def _signal(self, which: signal.Signals) -> None:
         if self._spins:
-            os.killpg(self._process.pid, which)
+            with contextlib.suppress(ProcessLookupError):  # it ended: reading its answer will say so
+                os.killpg(self._process.pid, which)
 
     def _read(self) -> Any:
         assert self._process.stdout is not None
@@ -197,13 +198,12 @@ class Engine:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
-        self._process.stdin.close()
         try:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process.wait(60)
         finally:
-            if self._spins:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
+            self._signal(signal.SIGKILL)
 
 
 def environment(name: str, args: argparse.Namespace) -> dict[str, str]:
@@ -279,11 +279,11 @@ def main() -> None:
     for shape in args.shapes:
         results[shape] = compare(shape, args)
         report(shape, results[shape], args.batches)
-    if args.output_json:
-        from yalis.bench.harness import write_record
+        if args.output_json:  # after each shape: an engine may fail in the next
+            from yalis.bench.harness import write_record
 
-        config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        write_record(args.output_json, "compare_cpu_engines", config=config, results={}, samples=results)
+            config = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+            write_record(args.output_json, "compare_cpu_engines", config=config, results={}, samples=results)
 
 
 if __name__ == "__main__":
