@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -46,16 +47,23 @@ def _recipe(folder: Path, *flags: str, key: tuple[str, ...] = ()) -> Recipe:
     return Recipe("x", (str(compiler), *flags), (source,), key=key)
 
 
-def _build(folder: Path) -> str:
-    return str(native.build(_recipe(folder), folder / "cache"))
+_BUILD = """
+import sys
+from pathlib import Path
+from yalis.utils import native
+
+folder = Path(sys.argv[1])
+print(native.build(native.Recipe("x", (str(folder / "cc"),), (folder / "x.c",)), folder / "cache"))
+"""
 
 
 def test_one_of_many_processes_builds(tmp_path: Path) -> None:
     fake_compiler(tmp_path, _COPY)
-    with multiprocessing.get_context("fork").Pool(6) as pool:
-        paths = set(pool.map(_build, [tmp_path] * 6))
-        pool.close()
-        pool.join()  # left to itself the pool ends its processes by signal, and not always all of them
+    (tmp_path / "x.c").write_text("int x;\n")
+    command = [sys.executable, "-c", _BUILD, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    paths = {process.communicate(timeout=60)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0] * 6
     assert len(paths) == 1
     assert (tmp_path / "log").read_text() == "built\n"
 
