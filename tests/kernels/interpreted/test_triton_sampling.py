@@ -58,6 +58,12 @@ def test_keys_of_shards_are_joined() -> None:
     assert tokens.tolist() == expected(logits, 4999, seeds, positions).tolist()
 
 
+def test_strided_keys_are_refused() -> None:
+    keys = torch.zeros(2, 6, dtype=torch.int64).mT
+    with pytest.raises(ValueError, match="strides"):
+        tokens_of_keys(keys, torch.arange(6), torch.zeros(6, dtype=torch.int64))
+
+
 def test_tokens_that_the_host_does_not_know_are_fed() -> None:
     last = torch.tensor([10, 11, 12, 13])
     assert feed_tokens(torch.tensor([-1, 4, -1]), torch.tensor([3, 1, 0]), last).tolist() == [13, 4, 10]

@@ -180,6 +180,8 @@ def others(me: Rank, nodes: int, per_node: int) -> None:
             expected = torch.cat([part(r, dtype) for r in range(size)], dim=dim)
             assert torch.equal(comm.all_gather(part(me.rank, dtype), dim=dim), expected)
     assert torch.equal(comm.all_gather(part(me.rank).mT, dim=1), torch.cat([part(r).mT for r in range(size)], dim=1))
+    narrow = comm.all_gather(part(me.rank)[:, 0, :1], dim=-1)  # [S, 1]: a reshape of the parts would be a strided view
+    assert narrow.is_contiguous() and torch.equal(narrow, torch.cat([part(r)[:, 0, :1] for r in range(size)], dim=-1))
     for src in range(size):
         assert torch.equal(comm.broadcast(part(me.rank), src), part(src))
     assert comm.agree_min(1000 - me.rank) == 1000 - (size - 1)
