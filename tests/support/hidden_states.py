@@ -52,7 +52,7 @@ def worker(options: dict[str, Any]) -> dict[str, str]:
     if runner.decode is None:
         runner.prepare_decode(max(BATCHES))
     assert runner.decode is not None
-    steps = DecodeSteps(runner.decode.inputs, body)
+    steps = DecodeSteps(runner.decode.inputs, body, before=lambda static, lengths: None)
     if runner.device.type == "cuda":
         steps.capture()
     dice = random.Random(7)

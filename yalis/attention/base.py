@@ -2,11 +2,13 @@
 
 A step has two parts, so that backends with host-side planning (FlashInfer's ``plan``) and CUDA graphs fit: `plan` runs
 once per step outside of any graph and may look at host values; `forward` runs once per layer, looks only at device
-tensors, and is what a graph captures.
+tensors, and is what a graph captures. Decode steps over tensors that stay where they are share one plan, made by
+`plan_fixed` and told before each of them, by `renew`, how long its sequences are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -102,9 +104,8 @@ class AttentionBackend(Protocol):
 
     Attributes:
         name: in the registry.
-        capturable: a CUDA graph may hold `forward` for steps of one token per sequence. The plan is then made once per
-            batch size, from a batch whose host lengths are the longest possible and whose tensors stay where they are;
-            replays see new values in those tensors only. Rows of padding have ``seq_lens`` 1 and a negative slot.
+        capturable: a CUDA graph may hold `forward` for steps of one token per sequence with a plan of `plan_fixed`;
+            replays see new values in the batch's tensors, and what `renew` enqueued before them.
     """
 
     name: str
@@ -112,6 +113,26 @@ class AttentionBackend(Protocol):
 
     def plan(self, batch: AttentionBatch) -> AttentionPlan:
         """Host-side preparation of a step. The result is handed to every `forward` of the step."""
+
+    def plan_fixed(self, batch: AttentionBatch) -> AttentionPlan:
+        """The plan of all decode steps of one size; made once, outside of any graph, the largest size first.
+
+        Args:
+            batch: one token per sequence. Its tensors stay where they are and get new values before each step; its host
+                lengths are the longest possible. Rows of padding will have ``seq_lens`` 1 and a negative slot.
+        """
+        return self.plan(batch)
+
+    def renew(self, plan: Any, seq_lens_host: Sequence[int]) -> None:
+        """Before each run or replay of a decode step with a plan of `plan_fixed`, once its inputs are enqueued.
+
+        Backends whose kernels find the lengths on the device inherit this, which does nothing.
+
+        Args:
+            plan: what `plan_fixed` returned.
+            seq_lens_host: keys of each row after this step, without padding.
+        """
+        return
 
     def forward(self, q: torch.Tensor, kv: LayerKV, plan: Any, window: int | None) -> torch.Tensor:
         """Attend.

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from yalis.attention.base import AttentionBatch
-from yalis.engine.packing import send
 from yalis.engine.plain_draw import PlainDraw, temperature_of
 from yalis.engine.scheduler import ScheduledSequence, ScheduledStep
+from yalis.utils.packing import send
 
 
 @dataclass(frozen=True)

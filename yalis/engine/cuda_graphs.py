@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from yalis.attention.base import AttentionBatch
-from yalis.engine.packing import Layout, host_buffer
 from yalis.engine.plain_draw import PlainDraw, temperature_of
 from yalis.engine.scheduler import ScheduledStep
 from yalis.utils.logging import get_logger
+from yalis.utils.packing import Layout, host_buffer
 
 logger = get_logger(__name__)
 _cuda: Any = torch.cuda  # its type information lacks the arguments
@@ -119,6 +119,10 @@ class DecodeInputs:
     def static(self, size: int) -> StaticStep:
         """The fixed tensors of steps of ``size``."""
         return self._static[size]
+
+    def all(self) -> list[StaticStep]:
+        """The fixed tensors of every size, the largest first."""
+        return [self._static[size] for size in reversed(self.sizes)]
 
     def clear(self, size: int) -> StaticStep:
         """Fill the tensors of ``size`` with padding only, for runs that are to leave no trace."""
@@ -238,11 +242,19 @@ class DecodeSteps:
     Args:
         inputs: the fixed inputs.
         body: the whole step from inputs to outputs; must do the same work whatever the values of its inputs.
+        before: called with the inputs and the keys of each row that is no padding, before each run of ``body`` or
+            replay, never within a graph: what a step needs from the host besides its inputs.
     """
 
-    def __init__(self, inputs: DecodeInputs, body: Callable[[StaticStep], StaticOutput]):
+    def __init__(
+        self,
+        inputs: DecodeInputs,
+        body: Callable[[StaticStep], StaticOutput],
+        before: Callable[[StaticStep, Sequence[int]], None],
+    ):
         self.inputs = inputs
         self._body = body
+        self._before = before
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, StaticOutput]] = {}
         self.receipt: CaptureReceipt | None = None
 
@@ -255,8 +267,14 @@ class DecodeSteps:
         """Whether the step is a decode step of a size that was prepared."""
         return len(step.items) <= self.inputs.sizes[-1] and is_decode(step)
 
+    def prepare(self, step: ScheduledStep) -> StaticStep:
+        """Enqueue the copy of the inputs of a step that `takes` has found to fit, and what else it needs."""
+        static = self.inputs.fill(step)
+        self._before(static, [item.start + 1 for item in step.items])
+        return static
+
     def run(self, static: StaticStep) -> StaticOutput:
-        """Enqueue the step whose inputs `DecodeInputs.fill` has enqueued."""
+        """Enqueue the step that `prepare` has prepared."""
         found = self._graphs.get(static.size)
         if found is None:
             return self._body(static)
@@ -281,6 +299,7 @@ class DecodeSteps:
         for size in reversed(self.inputs.sizes):
             with torch.cuda.stream(stream):
                 static = self.inputs.clear(size)
+                self._before(static, [])
                 for _ in range(_WARMUPS):
                     self._body(static)
                 stream.synchronize()

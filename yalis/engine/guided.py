@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from yalis.engine.guided_check import GrammarChecker
-from yalis.engine.packing import send
 from yalis.engine.sampling_params import JSON_WHITE_SPACE, GuidedParams
 from yalis.engine.scheduler import ScheduledSequence
 from yalis.engine.tokenizer import Tokenizer
 from yalis.errors import RequestError
 from yalis.utils.logging import get_logger
+from yalis.utils.packing import send
 
 logger = get_logger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from yalis.attention.base import LayerKV
+from yalis.attention.base import AttentionPlan, LayerKV
 from yalis.attention.null import NullBackend
 from yalis.attention.registry import create_backend
 from yalis.comm.communicator import Communicator, Handle
@@ -149,6 +149,7 @@ class Runner:
         self.counts = StepCounts()
         self.decode: DecodeSteps | None = None
         self._hidden_in: dict[int, torch.Tensor] = {}
+        self._decode_plans: dict[int, AttentionPlan] = {}
         self._released = False
         self._clock = DeviceClock(self.device) if self.device.type == "cuda" else None
         self.kv: list[LayerKV] = []
@@ -310,7 +311,12 @@ class Runner:
             for size in inputs.sizes:
                 hidden_in[size] = torch.zeros((size, width), dtype=self.resolved.dtype, device=self.device)
         self._hidden_in = hidden_in
-        self.decode = DecodeSteps(inputs, self._decode_body)
+        self._decode_plans = {static.size: self.attention.plan_fixed(static.attention) for static in inputs.all()}
+        self.decode = DecodeSteps(
+            inputs,
+            self._decode_body,
+            before=lambda static, lengths: self.attention.renew(self._decode_plans[static.size], lengths),
+        )
 
     def capture_obstacle(self) -> str | None:
         """What a CUDA graph of a decode step could not hold; None if there is nothing."""
@@ -410,7 +416,7 @@ class Runner:
         count = len(step.items)
         pending = PendingStep(step, ResultLayout(step.items, []), started_s, is_decode=True)
         with span("yalis.prepare"):
-            static = decode.inputs.fill(step)
+            static = decode.prepare(step)
         if not self.is_first_stage:
             self._hidden_in[static.size][:count].copy_(self._receive_hidden(count))
         with self._timed_forward(pending), span(f"yalis.decode[{count} of {static.size}]"):
@@ -441,7 +447,7 @@ class Runner:
         token_ids = None
         if self.is_first_stage:
             token_ids = feed_tokens(static.token_ids, static.slots, self.last_tokens)
-        plan = self.attention.plan(static.attention)
+        plan = self._decode_plans[static.size]
         hidden = self.model.forward(token_ids, static.positions, self._hidden_in.get(static.size), self.kv, plan)
         if not self.is_last_stage:
             return StaticOutput(hidden=hidden)
@@ -473,6 +479,7 @@ class Runner:
             self.decode.release()
             self.decode = None
         self._hidden_in = {}
+        self._decode_plans = {}
         self.kv = []
         del self.model, self.attention, self.penalties, self.last_tokens
         gc.unfreeze()  # a worker's start froze them

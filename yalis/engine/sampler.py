@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from yalis.engine.guided import GuideMasks, Guides
-from yalis.engine.packing import send
 from yalis.engine.random import gumbel, gumbel_at
 from yalis.engine.request import GUIDE_FAILED
 from yalis.engine.scheduler import ScheduledSequence
+from yalis.utils.packing import send
 
 # Candidates that a shard sends when no top_k says how many are needed. Enough for top_p=0.9 on text almost always. On a
 # GPU finding more costs little, and not having enough costs more.

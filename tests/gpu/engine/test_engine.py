@@ -7,6 +7,7 @@ Cases of two ranks need two GPUs and are skipped, with the reason shown, where t
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,12 @@ MIXED = [
 ]
 SCARCE = {"num_kv_blocks": 30, "block_size": 4, "max_num_seqs": 4}
 CHUNKED = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
-BACKENDS = ["sdpa", "triton"]
+FLASHINFER = pytest.param(
+    "flashinfer",
+    marks=pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="flashinfer is not installed"),
+)
+BACKENDS = ["sdpa", "triton", FLASHINFER]
+WIDE_HEADS = {"head_dim": 64}  # the least that FlashInfer serves
 
 
 class Models:
@@ -59,8 +65,8 @@ class Models:
         self.checkpoint = cached_checkpoints(root)
         self._references: dict[Any, Reference] = {}
 
-    def folder(self, variant: str) -> Path:
-        return self.checkpoint(variant, **CHECKPOINT)
+    def folder(self, variant: str, **changes: Any) -> Path:
+        return self.checkpoint(variant, **CHECKPOINT, **changes)
 
     def reference(self, folder: Path, dtype: torch.dtype = torch.float32) -> Reference:
         key = (folder, dtype)
@@ -123,11 +129,50 @@ def test_float32_tokens_and_logprobs(models: Models, variant: str, options: dict
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_logprobs(models: Models, backend: str) -> None:
     """Given the same tokens, the log-probabilities of transformers on the same device."""
-    folder = models.folder("llama")
+    folder = models.folder("llama", **WIDE_HEADS)
     reference = models.reference(folder, torch.bfloat16)
     with engine(folder, dtype="bfloat16", attention_backend=backend) as llm:
+        assert bool(llm.info["cuda_graphs"]) == (backend != "sdpa")
         for output in llm.generate(PROMPTS, SCORED):
             check_logprobs(output, reference, k=5, prompt_k=3)
+
+
+@pytest.mark.parametrize("backend", [FLASHINFER])
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"enforce_eager": True}),
+        ("llama", {"overlap_scheduling": False}),
+        ("llama", {**CHUNKED, "max_cudagraph_batch": 2}),  # decode steps of three and four are not captured
+        ("llama", SCARCE),
+        ("mistral-window", {"enable_prefix_caching": False}),
+        ("llama-mha", {}),  # no group: its kernels without matrix units
+    ],
+    ids=str,
+)
+def test_flashinfer_schedules(models: Models, backend: str, variant: str, options: dict[str, Any]) -> None:
+    """Plans made one step ahead, renewed before each replay, with sequences that grow, come, go and are preempted.
+
+    Batches of one to eight, and sequences across many pages: a stale plan would read the wrong keys.
+    """
+    folder = models.folder(variant, **WIDE_HEADS)
+    reference = models.reference(folder, torch.bfloat16)
+    prompts = [token_ids(1 + 19 * i % 83, i) for i in range(8)]
+    params = [
+        SamplingParams(
+            temperature=0.0, max_tokens=8 + 9 * i % 31, ignore_eos=True, detokenize=False, logprobs=5, prompt_logprobs=3
+        )
+        for i in range(8)
+    ]
+    with engine(folder, dtype="bfloat16", attention_backend=backend, **{"block_size": 4, **options}) as llm:
+        assert bool(llm.info["cuda_graphs"]) == ("enforce_eager" not in options)
+        for output in llm.generate(prompts, params):
+            check_logprobs(output, reference, k=5, prompt_k=3)
+        stats = llm.stats()
+        assert (stats.num_preemptions > 0) == ("num_kv_blocks" in options)
+        assert (stats.times.decode_steps > 0) == ("enforce_eager" not in options)
+        assert stats.kv_usage == 0
 
 
 # ---- graphs, schedules and sampling change no token ---------------------------------------------------------------

@@ -13,7 +13,6 @@ from yalis import LLM
 from yalis.config import EngineConfig
 from yalis.engine.cuda_graphs import DecodeInputs, batch_sizes, is_decode, size_for
 from yalis.engine.handle import LocalEngine
-from yalis.engine.packing import Layout, send
 from yalis.engine.plain_draw import is_plain
 from yalis.engine.request import Sequence
 from yalis.engine.runner import _imaginary_steps
@@ -22,6 +21,7 @@ from yalis.engine.sampling_params import SamplingParams
 from yalis.engine.scheduler import ScheduledSequence, ScheduledStep
 from yalis.engine.start import start_rank
 from yalis.kvcache.block_manager import BlockTable
+from yalis.utils.packing import Layout, send
 
 CPU = torch.device("cpu")
 
@@ -288,6 +288,45 @@ def test_plain_draws_alone_are_sampled_within_the_step():
     engine.close()
     assert rank.core.runner.counts.sampled_apart == 0
     assert rank.core.runner.counts.decode == 7
+
+
+def test_backends_learn_the_lengths_before_each_step(monkeypatch):
+    """One plan a size, the largest first; before each decode step the keys of its rows, as many as there will be."""
+    config = EngineConfig(str(DEMO), dtype="float32", device="cpu", max_model_len=64, max_num_seqs=4)
+    rank = start_rank(config)
+    runner = rank.core.runner
+    seen: list[Any] = []
+    plan = runner.attention.plan
+
+    def plan_fixed(batch):
+        seen.append(("plan", len(batch.seq_lens)))
+        return plan(batch)
+
+    def renew(of, lengths):
+        # The inputs are there: those of the rows, then padding.
+        assert of.seq_lens.tolist() == lengths + [1] * (len(of.seq_lens) - len(lengths))
+        seen.append((len(of.seq_lens), lengths))
+
+    monkeypatch.setattr(runner.attention, "plan_fixed", plan_fixed, raising=False)
+    monkeypatch.setattr(runner.attention, "renew", renew, raising=False)
+    runner.prepare_decode(4)
+    engine = LocalEngine(rank)
+    for number, prompt in enumerate(([5, 6, 7], [8], [5, 6, 7, 8, 9])):
+        params = SamplingParams(temperature=0.0, max_tokens=4 + number, ignore_eos=True, detokenize=False)
+        engine.submit(str(number), prompt, params, stream=False)
+    while engine.engine.has_unfinished_requests:
+        engine.poll()
+    engine.close()
+    assert seen == [
+        ("plan", 4),
+        ("plan", 2),
+        ("plan", 1),
+        (4, [4, 2, 6]),
+        (4, [5, 3, 7]),
+        (4, [6, 4, 8]),
+        (2, [5, 9]),
+        (1, [10]),
+    ]
 
 
 def test_the_table_of_a_benchmark_on_a_small_model():
