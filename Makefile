@@ -33,11 +33,11 @@ test: lint
 coverage: setup
 	$(BIN)/python -m pytest $(CPU_TESTS) --cov --cov-report=term $(PYTEST_ARGS)
 
-# Needs a GPU; what needs two is skipped, with the reason, where there is one. The kernels' tests mostly compile, so
-# several at once; the others time out, share memory and kill, so one by one.
+# Needs a GPU; what needs two is skipped, with the reason, where there is one. First what may share a GPU, several at
+# once, then what must have it alone.
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu tests/gpu/kernels -n 8 $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m gpu tests/gpu/engine tests/gpu/nvrar $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "gpu and not alone" tests/gpu -n 8 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "gpu and alone" tests/gpu $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/yalis demo

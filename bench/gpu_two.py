@@ -200,9 +200,15 @@ def parts() -> list[Part]:
     for name, layout in {**layouts, "pp": ("--pp", "2")}.items():
         made.append(Part(f"smoke-{name}", 75, (*yalis, "generate", "--model", DEMO, *layout, *asked)))
     # By folder, each with its file: a run that is cut off leaves none.
-    for folder, limit, workers in (("engine", 480, "0"), ("kernels", 200, "8"), ("nvrar", 240, "0")):
-        pytest = (sys.executable, "-m", "pytest", "-m", "gpu", f"tests/gpu/{folder}", "-v", "--tb=short", "-n", workers)
-        made.append(Part(f"tests-{folder}", limit, (*pytest, "--junitxml={folder}/junit.xml"), {"junit": "junit.xml"}))
+    for name, limit, which, options in (
+        ("shared", 240, "not alone", ("tests/gpu", "-n", "8")),
+        ("engine", 400, "alone", ("tests/gpu/engine",)),
+        ("nvrar", 260, "alone", ("tests/gpu/nvrar",)),
+    ):
+        pytest = (
+            sys.executable, "-m", "pytest", "-m", f"gpu and {which}", *options, "-v", "--tb=short", "--durations=8",
+        )  # fmt: skip
+        made.append(Part(f"tests-{name}", limit, (*pytest, "--junitxml={folder}/junit.xml"), {"junit": "junit.xml"}))
     for per_node in ("2", "1"):
         made.append(Part(f"tune-{per_node}", 120, (*yalis, "tune", "--ranks", "2", "--ranks-per-node", per_node)))
 
@@ -219,6 +225,7 @@ def parts() -> list[Part]:
     closely = ("--null-comm", "--profile", "{folder}/traces")
     made += [
         latency("8b-tp1", "8b", 150, "--profile", "{folder}/traces"),
+        latency("8b-flashinfer", "8b", 150, "--attention-backend", "flashinfer", "--profile", "{folder}/traces"),
         latency("70b-nvrar", "70b", 400, "--tp", "2", "--all-reduce", "nvrar", *full, *closely),
         latency("8b-nvrar", "8b", 200, "--tp", "2", "--all-reduce", "nvrar", *closely),
     ]

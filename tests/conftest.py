@@ -27,3 +27,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(_TESTS).parts[0]
         if folder in ("unit", "ranks", "kernels", "gpu"):
             item.add_marker(folder)
+        if "tests/gpu/nvrar" in item.path.as_posix():  # kernels that wait for others, deadlines, killed ranks
+            item.add_marker("alone")

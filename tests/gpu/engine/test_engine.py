@@ -26,7 +26,12 @@ from yalis.engine.start import start_rank
 from yalis.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+def two_gpus(test: Any) -> Any:
+    """Skips without a second GPU; ranks that wait for each other on the device must not share it with other tests."""
+    return pytest.mark.alone(pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")(test))
+
 
 NUM_TOKENS = 24
 PROMPTS = [token_ids(70, 3), token_ids(1, 0), token_ids(21, 1)]
@@ -81,7 +86,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def engine(folder: Path, **options: Any) -> LLM:
-    given = {"tokenizer": str(DEMO), "device": "cuda", "max_num_seqs": 12, "gpu_memory_utilization": 0.3, **options}
+    # Tests run side by side: each takes what it needs, not a share of what is free.
+    given = {"tokenizer": str(DEMO), "device": "cuda", "max_num_seqs": 12, "kv_cache_memory_bytes": 1 << 27, **options}
     return LLM(str(folder), **given)
 
 
@@ -258,6 +264,7 @@ def test_thousands_of_requests_with_aborts_leave_no_block_behind() -> None:
 # ---- memory, refusals, measurement --------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_the_kv_cache_takes_the_share_it_may() -> None:
     shape = str(DEMO.parents[1] / "bench" / "shapes" / "llama-254m")
     options: dict[str, Any] = {"load_format": "dummy", "device": "cuda", "max_num_seqs": 2048, "max_model_len": 4096}
@@ -288,6 +295,7 @@ def test_a_backend_that_cannot_be_captured(models: Models, caplog: pytest.LogCap
         assert llm.info["cuda_graphs"] == ""
 
 
+@pytest.mark.alone
 def test_a_trace_of_decode_steps_sums_up(tmp_path: Path) -> None:
     shape = str(DEMO.parents[1] / "bench" / "shapes" / "llama-254m")
     with LLM(shape, load_format="dummy", device="cuda", max_num_seqs=8, gpu_memory_utilization=0.3) as llm:

@@ -10,7 +10,10 @@ import torch
 from tests.support import hidden_states
 from tests.support.ranks import run_ranks
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
 
 
 @pytest.mark.parametrize("options", [{"ranks_per_node": 2}, {"ranks_per_node": 1}], ids=str)
