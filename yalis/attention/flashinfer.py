@@ -157,7 +157,7 @@ class FlashInferBackend(AttentionBackend):
             self._plan_wrapper(wrapper, plan, left)
             plan.wrappers[left] = wrapper
             plan.shapes[left] = list(wrapper._plan_info)
-        out: torch.Tensor = wrapper.run(q.contiguous(), (kv.k, kv.v))
+        out: torch.Tensor = wrapper.run(q, (kv.k, kv.v))
         return out
 
     def _plan_wrapper(self, wrapper: Any, plan: FlashInferPlan, left: int) -> None:

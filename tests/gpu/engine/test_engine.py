@@ -166,15 +166,13 @@ def test_flashinfer_schedules(models: Models, backend: str, variant: str, option
     reference = models.reference(folder, torch.bfloat16)
     prompts = [token_ids(1 + 19 * i % 83, i) for i in range(8)]
     params = [
-        SamplingParams(
-            temperature=0.0, max_tokens=8 + 9 * i % 31, ignore_eos=True, detokenize=False, logprobs=5, prompt_logprobs=3
-        )
+        SamplingParams(temperature=0.0, max_tokens=8 + 9 * i % 31, ignore_eos=True, detokenize=False, logprobs=5)
         for i in range(8)
     ]
     with engine(folder, dtype="bfloat16", attention_backend=backend, **{"block_size": 4, **options}) as llm:
         assert bool(llm.info["cuda_graphs"]) == ("enforce_eager" not in options)
         for output in llm.generate(prompts, params):
-            check_logprobs(output, reference, k=5, prompt_k=3)
+            check_logprobs(output, reference, k=5, prompt_k=None)
         stats = llm.stats()
         assert (stats.num_preemptions > 0) == ("num_kv_blocks" in options)
         assert (stats.times.decode_steps > 0) == ("enforce_eager" not in options)

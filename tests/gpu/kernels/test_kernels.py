@@ -198,10 +198,11 @@ def test_products_of_few_rows(dtype: torch.dtype, bias: bool, rows: int, n: int,
     x, weight = torch.randn(rows, k).to(dtype), torch.randn(2 * n, k).to(dtype) * k**-0.5
     b = torch.randn(2 * n).to(dtype) if bias else None
     whole = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    limit = LIMIT[dtype] if dtype == FP32 else LIMIT[dtype] / 2  # float32 rounds thousands of times, others once
     for shape in gemm.candidates(rows, dtype, gated=True):
         for _ in range(2):
             got = gemm.run(x, weight, b, shape, gated=False)
-            assert error(got, whole) < LIMIT[dtype] / 2, str(shape)
+            assert error(got, whole) < limit, str(shape)
             gate, up = whole.to(dtype).double().chunk(2, -1)
             got = gemm.run(x, weight, b, shape, gated=True)
             assert error(got, F.silu(gate) * up) < LIMIT[dtype] * 1.5, str(shape)
