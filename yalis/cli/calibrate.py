@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,12 @@ def run(args: argparse.Namespace) -> int:
     elif os.environ.get(VARIABLE):
         raise ConfigError(f"{VARIABLE} is set; say --emulate, so that the description is labelled")
     device = _device(args.device)
-    much = effort(args.iters, quick=args.quick)
+    much = effort(args.iters, device, quick=args.quick)
+
+    begun = time.monotonic()
 
     def say(line: str) -> None:
-        print(f"  {line}", flush=True)
+        print(f"  {time.monotonic() - begun:4.0f} s  {line}", flush=True)
 
     name = args.output.stem
     if is_launched(os.environ):
