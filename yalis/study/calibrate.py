@@ -28,6 +28,7 @@ from yalis.utils.machine import usable_cores
 Say = Callable[[str], None]
 # A product apart from the engine and within its steps should cost the same; further apart, one of them was disturbed.
 _AGREES = 0.10
+GPU_ALL_REDUCES = ("nccl", "nvrar", "symm_mem")
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,14 @@ def _options(group: Group, device: str, iters: int, low: int, high: int, strict:
     return options
 
 
-def groups_of(max_ranks: int, device: str, product_rounds: int) -> list[Group]:
-    """Sweeps of a host: 1, 2, 4, ... ranks on one node, and on CPU ranks as declared nodes besides."""
+def groups_of(max_ranks: int, device: str, product_rounds: int, only: Sequence[str] = ()) -> list[Group]:
+    """Sweeps of a host: 1, 2, 4, ... ranks on one node, and on CPU ranks as declared nodes besides.
+
+    Args:
+        only: these of GPUs' all-reduces; empty: all.
+    """
     counts = [n for n in (1, 2, 4, 8) if n <= max_ranks]
-    inside = ("shm", "torch") if device == "cpu" else ("nccl", "nvrar", "symm_mem")
+    inside = ("shm", "torch") if device == "cpu" else tuple(only) or GPU_ALL_REDUCES
     found = []
     for ranks in counts:
         algorithms = inside if ranks > 1 else ()
@@ -147,12 +152,20 @@ def measure_layouts(layouts: Sequence[Layout], device: str, much: Effort, say: S
 
 
 def calibrate(
-    name: str, *, device: str, max_ranks: int, much: Effort, say: Say, env: Mapping[str, str]
+    name: str,
+    *,
+    device: str,
+    max_ranks: int,
+    much: Effort,
+    say: Say,
+    env: Mapping[str, str],
+    only: Sequence[str] = (),
 ) -> tuple[str, dict[str, Any]]:
     """Measure this host with ranks that are started here.
 
     Args:
         max_ranks: largest group to measure; 1, 2, 4, 8 up to it.
+        only: these of GPUs' all-reduces; empty: all.
         env: for sweeps between declared nodes, such as an emulated network.
 
     Returns:
@@ -162,12 +175,13 @@ def calibrate(
         ConfigError: ranks failed.
     """
     sweeps = []
-    for group in groups_of(max_ranks, device, much.product_rounds):
+    for group in groups_of(max_ranks, device, much.product_rounds, only):
         nodes = group.ranks // group.per_node
         say(f"{group.ranks} rank(s) on {nodes} node(s): {', '.join(group.algorithms) or 'products'}")
         common = {"device": device, "iters": much.iters, "high": much.high, "strict": False, "quick": much.quick}
         sweeps.append(run_sweep(group, env=env if nodes > 1 else None, **common))  # type: ignore[arg-type]
     steps = measure_layouts(layouts_of(max_ranks, device), device, much, say)
+    say("fitting")
     emulated = next((s["emulated"] for s in sweeps if s["emulated"]), "")
     largest = max(s["ranks"] for s in sweeps)
     nodes = max(s["nodes"] for s in sweeps)
@@ -186,7 +200,7 @@ def calibrate_launched(name: str, *, device: str, much: Effort, say: Say) -> tup
     topology = from_environment(os.environ)
     world, per_node = topology.world_size, topology.ranks_per_node
     inside = ("shm", "torch") if topology.num_nodes == 1 else ("rd", "torch")
-    algorithms = inside if device == "cpu" else ("nccl", "nvrar", "symm_mem")
+    algorithms = inside if device == "cpu" else GPU_ALL_REDUCES
     group = Group(world, per_node, algorithms, True, much.product_rounds, norms=device == "cuda")
     if topology.rank:
         say = _silent

@@ -76,6 +76,8 @@ class Place(NamedTuple):
 
 
 Curves = Mapping[Place, Sequence[Segment]]
+# Resamplings for the bounds of a fit: a GPU's samples are many and alike, and the machine waits meanwhile.
+_ROUNDS = {"cpu": 200, "cuda": 50}
 
 
 def fit_curves(sweeps: Sequence[Sweep]) -> Curves:
@@ -83,11 +85,12 @@ def fit_curves(sweeps: Sequence[Sweep]) -> Curves:
     found = {}
     for sweep in sweeps:
         shape, timed = (sweep["ranks"], sweep["nodes"]), sweep.get("timed", {})
+        rounds = _ROUNDS[sweep.get("device", "cpu")]
         for key, norm in (("all_reduce", False), ("all_reduce_rmsnorm", True)):
             for name, raw in sweep.get(key, {}).items():
-                found[Place(name, *shape, norm, timed.get(name, ""))] = fit_segments(times_by_size(raw))
+                found[Place(name, *shape, norm, timed.get(name, ""))] = fit_segments(times_by_size(raw), rounds=rounds)
         if sweep.get("ping_pong"):
-            found[Place("p2p", *shape)] = fit_segments(times_by_size(sweep["ping_pong"]))
+            found[Place("p2p", *shape)] = fit_segments(times_by_size(sweep["ping_pong"]), rounds=rounds)
     return found
 
 

@@ -12,9 +12,12 @@ import torch
 
 from yalis.bench import replay
 from yalis.bench.replay import Captured, time_chain
+from yalis.cli import calibrate as calibrate_command
 from yalis.comm.communicator import Communicator
 from yalis.comm.topology import Topology
+from yalis.errors import ConfigError
 from yalis.study import sweep
+from yalis.study.calibrate import groups_of
 from yalis.study.sweep import IN_GRAPH, ONE_BY_ONE, ProductTimer, Reducer, chain_length, products_of, rows_of
 
 
@@ -160,3 +163,15 @@ def test_products_of_a_gpu_go_through_all_weights_in_one_chain(chains: list[Chai
     timer.close()
     assert chain.closed
     assert all(n * k * 2 >= 32 * 2**20 for n, k in products_of("cuda").values())
+
+
+def test_gpus_are_swept_with_norms_and_only_with_what_is_asked_for() -> None:
+    one, two = groups_of(2, "cuda", 5)
+    assert (one.algorithms, one.norms, one.product_rounds) == ((), False, 5)
+    assert (two.algorithms, two.norms, two.ping_pong) == (("nccl", "nvrar", "symm_mem"), True, True)
+    assert groups_of(2, "cuda", 5, ("nccl",))[1].algorithms == ("nccl",)
+    assert not any(group.norms for group in groups_of(4, "cpu", 5))
+    assert calibrate_command._only("nccl,nvrar", "cuda") == ("nccl", "nvrar")
+    for names, device in (("nvrar", "cuda"), ("nccl,mpi", "cuda"), ("nccl", "cpu")):
+        with pytest.raises(ConfigError, match="--all-reduce"):
+            calibrate_command._only(names, device)
