@@ -33,13 +33,14 @@ class Captured:
     """The calls in one CUDA graph.
 
     Args:
-        calls: what to capture; the tensors that they use must outlive this.
+        calls: what to capture; they are kept, and with them the tensors that they hold.
         align: a collective that is made before the clock starts, so that all ranks start together; None: no other
             rank takes part.
     """
 
     def __init__(self, calls: Sequence[Call], device: torch.device, align: Call | None = None):
         self._align = align
+        self._calls = tuple(calls)  # they hold the tensors that the graph points to
         torch.cuda.synchronize(device)  # what the calls read was made on another stream
         self._stream = _cuda.Stream(device)
         with torch.cuda.stream(self._stream):

@@ -140,7 +140,8 @@ def _print(cluster: Any) -> None:
     for fit in cluster.fits:
         for limit, alpha_s, beta_s in fit.segments:
             rate = f"{1 / beta_s / 1e9:.3g}" if beta_s else "-"
-            rows.append([fit.algorithm, str(fit.ranks), str(fit.nodes), f"{limit:.0f}", f"{alpha_s * 1e6:.2f}", rate])
+            name = fit.algorithm + (" + norm" if fit.norm else "")
+            rows.append([name, str(fit.ranks), str(fit.nodes), f"{limit:.0f}", f"{alpha_s * 1e6:.2f}", rate])
     print_table(["all-reduce", "ranks", "nodes", "up to B", "alpha us", "GB/s"], rows, title="\nfitted")
     rows = []
     for r in cluster.rates:
