@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from yalis.bench.allreduce import DTYPES, crafted
 from yalis.bench.harness import percentile
+from yalis.bench.replay import Captured, time_chain
 from yalis.comm import tuning
 from yalis.comm.communicator import Communicator
 from yalis.comm.nvrar.library import Plan
@@ -145,27 +146,12 @@ def _replayed(
 ) -> float:
     inputs = [torch.zeros(count, dtype=dtype, device=device) for _ in range(_BUFFERS)]
     outputs = [torch.empty_like(x) for x in inputs]
-    cuda: Any = torch.cuda
-    stream = cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        plan.call(inputs[0], outputs[0])
-        graph = cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(calls):
-                plan.call(inputs[i % _BUFFERS], outputs[i % _BUFFERS])
-        samples = torch.empty(_REPLAYS, dtype=torch.float64)
-        for i in range(-2, _REPLAYS):
-            stream.synchronize()
-            pacer.barrier()
-            begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            if i >= 0:
-                samples[i] = begin.elapsed_time(end) * 1e3 / calls
-    longest = pacer.all_gather(samples.unsqueeze(0), dim=0).max(dim=0).values
-    return percentile(longest.tolist(), 0.5)
+    chain = [partial(plan.call, inputs[i % _BUFFERS], outputs[i % _BUFFERS]) for i in range(calls)]
+    replay = Captured(chain, device, align=chain[0])
+    try:
+        return percentile(time_chain(pacer, replay, calls, iters=_REPLAYS, warmup=2), 0.5) * 1e6
+    finally:
+        replay.close()
 
 
 def tune(

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is a GPU"
     )
     parser.add_argument("--iters", type=int, default=30, metavar="N", help="timed calls per size (default: 30)")
+    parser.add_argument(
+        "--all-reduce",
+        metavar="NAMES",
+        help="on GPUs without a launcher, only these of nccl (needed), nvrar, symm_mem; default: all that serve",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer repeats and smaller messages: a look, not a result")
     parser.add_argument(
         "--emulate",
@@ -67,10 +73,13 @@ def run(args: argparse.Namespace) -> int:
     elif os.environ.get(VARIABLE):
         raise ConfigError(f"{VARIABLE} is set; say --emulate, so that the description is labelled")
     device = _device(args.device)
-    much = effort(args.iters, quick=args.quick)
+    only = _only(args.all_reduce, device)
+    much = effort(args.iters, device, quick=args.quick)
+
+    begun = time.monotonic()
 
     def say(line: str) -> None:
-        print(f"  {line}", flush=True)
+        print(f"  {time.monotonic() - begun:4.0f} s  {line}", flush=True)
 
     name = args.output.stem
     if is_launched(os.environ):
@@ -81,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
     else:
         most = args.max_ranks if device == "cpu" else min(args.max_ranks, _gpus())
-        found = calibrate(name, device=device, max_ranks=most, much=much, say=say, env=env)
+        found = calibrate(name, device=device, max_ranks=most, much=much, say=say, env=env, only=only)
     text, raw = found
     args.output.write_text(text)
     samples = args.output.with_suffix(".samples.json")
@@ -90,6 +99,22 @@ def run(args: argparse.Namespace) -> int:
     _print(cluster)
     sys.stderr.write(f"wrote {args.output} and {samples}\n")
     return 0
+
+
+def _only(names: str | None, device: str) -> tuple[str, ...]:
+    """The all-reduces that are asked for; empty for all."""
+    from yalis.errors import ConfigError
+    from yalis.study.calibrate import GPU_ALL_REDUCES
+
+    if names is None:
+        return ()
+    found = tuple(names.split(","))
+    if device == "cpu" or "nccl" not in found or any(name not in GPU_ALL_REDUCES for name in found):
+        raise ConfigError(
+            f"--all-reduce {names!r}: on GPUs, nccl (which the engine's steps use) and any of "
+            f"{', '.join(GPU_ALL_REDUCES[1:])}"
+        )
+    return found
 
 
 def _device(name: str) -> str:
@@ -115,7 +140,8 @@ def _print(cluster: Any) -> None:
     for fit in cluster.fits:
         for limit, alpha_s, beta_s in fit.segments:
             rate = f"{1 / beta_s / 1e9:.3g}" if beta_s else "-"
-            rows.append([fit.algorithm, str(fit.ranks), str(fit.nodes), f"{limit:.0f}", f"{alpha_s * 1e6:.2f}", rate])
+            name = fit.algorithm + (" + norm" if fit.norm else "")
+            rows.append([name, str(fit.ranks), str(fit.nodes), f"{limit:.0f}", f"{alpha_s * 1e6:.2f}", rate])
     print_table(["all-reduce", "ranks", "nodes", "up to B", "alpha us", "GB/s"], rows, title="\nfitted")
     rows = []
     for r in cluster.rates:

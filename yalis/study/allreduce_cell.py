@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_record(
             args.output_json,
             "allreduce-sweep",
-            config={**config, "emulated": found["emulated"]},
+            config={**config, "emulated": found["emulated"], "timed": found["timed"][args.algorithm]},
             results={},
             samples={f"{size}_s": values for size, values in times.items()},
         )

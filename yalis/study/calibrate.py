@@ -28,17 +28,19 @@ from yalis.utils.machine import usable_cores
 Say = Callable[[str], None]
 # A product apart from the engine and within its steps should cost the same; further apart, one of them was disturbed.
 _AGREES = 0.10
+GPU_ALL_REDUCES = ("nccl", "nvrar", "symm_mem")
 
 
 @dataclass(frozen=True)
 class Group:
-    """One launch of a sweep: ranks, ranks of a declared node, what to measure."""
+    """One launch of a sweep: ranks, ranks of a declared node, what to measure (``norms``: all-reduces with theirs)."""
 
     ranks: int
     per_node: int
     algorithms: tuple[str, ...]
     ping_pong: bool = False
     product_rounds: int = 0
+    norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,13 @@ class Effort:
     quick: bool = False
 
 
-def effort(iters: int, *, quick: bool) -> Effort:
-    """A whole calibration, or a look."""
+def effort(iters: int, device: str, *, quick: bool) -> Effort:
+    """A whole calibration, or a look.
+
+    A GPU keeps its speed, so one pass does there; messages are as long as those of a prefill.
+    """
+    if device == "cuda":
+        return Effort(min(iters, 5), 1 << 22, 2, 1, 1, True) if quick else Effort(iters, 1 << 25, 5, 1, 5)
     return Effort(min(iters, 5), 1 << 14, 2, 1, 1, True) if quick else Effort(iters)
 
 
@@ -101,19 +108,25 @@ def _options(group: Group, device: str, iters: int, low: int, high: int, strict:
     options = ["--device", device, "--iters", str(iters), "--low", str(low), "--high", str(high)]
     options += ["--ranks-per-node", str(group.per_node), "--algorithms", ",".join(group.algorithms)]
     options += ["--product-rounds", str(group.product_rounds)]
-    for name, wanted in (("--ping-pong", group.ping_pong), ("--strict", strict), ("--quick", quick)):
+    flags = {"--ping-pong": group.ping_pong, "--norms": group.norms, "--strict": strict, "--quick": quick}
+    for name, wanted in flags.items():
         options += [name] if wanted else []
     return options
 
 
-def groups_of(max_ranks: int, device: str, product_rounds: int) -> list[Group]:
-    """Sweeps of a host: 1, 2, 4, ... ranks on one node, and on CPU ranks as declared nodes besides."""
+def groups_of(max_ranks: int, device: str, product_rounds: int, only: Sequence[str] = ()) -> list[Group]:
+    """Sweeps of a host: 1, 2, 4, ... ranks on one node, and on CPU ranks as declared nodes besides.
+
+    Args:
+        only: these of GPUs' all-reduces; empty: all.
+    """
     counts = [n for n in (1, 2, 4, 8) if n <= max_ranks]
-    inside = ("shm", "torch") if device == "cpu" else ("nccl", "nvrar", "symm_mem")
+    inside = ("shm", "torch") if device == "cpu" else tuple(only) or GPU_ALL_REDUCES
     found = []
     for ranks in counts:
         algorithms = inside if ranks > 1 else ()
-        found.append(Group(ranks, ranks, algorithms, ping_pong=ranks == 2, product_rounds=product_rounds))
+        norms = device == "cuda" and ranks > 1
+        found.append(Group(ranks, ranks, algorithms, ranks == 2, product_rounds, norms))
         for nodes in [n for n in (2, 4, 8) if device == "cpu" and 1 < n <= ranks]:
             found.append(Group(ranks, ranks // nodes, ("rd",), ping_pong=ranks == 2))
     return found
@@ -139,12 +152,20 @@ def measure_layouts(layouts: Sequence[Layout], device: str, much: Effort, say: S
 
 
 def calibrate(
-    name: str, *, device: str, max_ranks: int, much: Effort, say: Say, env: Mapping[str, str]
+    name: str,
+    *,
+    device: str,
+    max_ranks: int,
+    much: Effort,
+    say: Say,
+    env: Mapping[str, str],
+    only: Sequence[str] = (),
 ) -> tuple[str, dict[str, Any]]:
     """Measure this host with ranks that are started here.
 
     Args:
         max_ranks: largest group to measure; 1, 2, 4, 8 up to it.
+        only: these of GPUs' all-reduces; empty: all.
         env: for sweeps between declared nodes, such as an emulated network.
 
     Returns:
@@ -154,12 +175,13 @@ def calibrate(
         ConfigError: ranks failed.
     """
     sweeps = []
-    for group in groups_of(max_ranks, device, much.product_rounds):
+    for group in groups_of(max_ranks, device, much.product_rounds, only):
         nodes = group.ranks // group.per_node
         say(f"{group.ranks} rank(s) on {nodes} node(s): {', '.join(group.algorithms) or 'products'}")
         common = {"device": device, "iters": much.iters, "high": much.high, "strict": False, "quick": much.quick}
         sweeps.append(run_sweep(group, env=env if nodes > 1 else None, **common))  # type: ignore[arg-type]
     steps = measure_layouts(layouts_of(max_ranks, device), device, much, say)
+    say("fitting")
     emulated = next((s["emulated"] for s in sweeps if s["emulated"]), "")
     largest = max(s["ranks"] for s in sweeps)
     nodes = max(s["nodes"] for s in sweeps)
@@ -178,8 +200,8 @@ def calibrate_launched(name: str, *, device: str, much: Effort, say: Say) -> tup
     topology = from_environment(os.environ)
     world, per_node = topology.world_size, topology.ranks_per_node
     inside = ("shm", "torch") if topology.num_nodes == 1 else ("rd", "torch")
-    algorithms = inside if device == "cpu" else ("nccl", "nvrar", "symm_mem")
-    group = Group(world, per_node, algorithms, ping_pong=True, product_rounds=much.product_rounds)
+    algorithms = inside if device == "cpu" else GPU_ALL_REDUCES
+    group = Group(world, per_node, algorithms, True, much.product_rounds, norms=device == "cuda")
     if topology.rank:
         say = _silent
     say(f"{world} ranks on {topology.num_nodes} node(s): {', '.join(algorithms)}, products")
@@ -204,18 +226,18 @@ def describe_measured(
     curves = fit_curves(sweeps)
     draft = _parse(describe(host, sweeps, curves, [blank_rates(Layout(1, 1, 1), 1)]))
     rates = with_bounds(draft, steps, draws=draws)
-    for line in [*caveats(host.device), *disagreements(rates, sweeps)]:
+    for line in [*caveats(sweeps), *disagreements(rates, sweeps)]:
         say(f"warning: {line}")
     return describe(host, sweeps, curves, rates)
 
 
-def caveats(device: str) -> list[str]:
-    """What a description of such ranks is not good for, in words (docs/results/gpu-engine-two.md has the figures)."""
-    if device == "cpu":
-        return []
+def caveats(sweeps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which all-reduces of GPUs were not timed as a decode step makes them, in words."""
     return [
-        "all-reduces and products were launched one by one and the models stay in cache: a decode step, which is one "
-        "CUDA graph, waits less and reads more; compare with the shipped 2xh100 before you rely on this description"
+        f"{s['ranks']} rank(s): a CUDA graph cannot hold {name}, so it was timed call by call, launches included"
+        for s in sweeps
+        for name, how in s.get("timed", {}).items()
+        if s.get("device") == "cuda" and how == sweep.ONE_BY_ONE
     ]
 
 

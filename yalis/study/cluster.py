@@ -98,6 +98,7 @@ class Fit:
         ranks, nodes: shape of the group.
         segments: rows (largest message in bytes, alpha in s, beta in s per byte), ascending; the last holds above.
         kind, source: as of `Constant`.
+        norm: of all-reduces with the residual and the norm that follow them in the engine.
     """
 
     algorithm: str
@@ -106,6 +107,7 @@ class Fit:
     segments: tuple[tuple[float, float, float], ...]
     kind: str
     source: str
+    norm: bool = False
 
     def seconds(self, nbytes: float) -> float:
         """Time of one call with ``nbytes`` bytes."""
@@ -259,9 +261,10 @@ class Cluster:
         """Nodes that ``ranks`` ranks occupy when nodes are filled one after the other."""
         return -(-ranks // self.gpus_per_node)
 
-    def fit(self, algorithm: str, ranks: int, nodes: int) -> Fit | None:
-        """What was measured for exactly this algorithm and shape."""
-        return next((f for f in self.fits if (f.algorithm, f.ranks, f.nodes) == (algorithm, ranks, nodes)), None)
+    def fit(self, algorithm: str, ranks: int, nodes: int, *, norm: bool = False) -> Fit | None:
+        """What was measured for exactly this algorithm and shape, with or without the norm behind it."""
+        wanted = (algorithm, ranks, nodes, norm)
+        return next((f for f in self.fits if (f.algorithm, f.ranks, f.nodes, f.norm) == wanted), None)
 
     def transfer(self, *, across: bool) -> Fit | None:
         """What was measured of a transfer between two ranks, of one node or of two."""
@@ -271,8 +274,15 @@ class Cluster:
         """What was measured of this layout, or of the one most like it; None where none is.
 
         Alike is a layout with as many ranks at work and as many threads in each. Where all that work have a core of
-        their own, others with fewer ranks at work serve as well: nobody waits for a core in either.
+        their own, others with fewer ranks at work serve as well: nobody waits for a core in either. Ranks with a device
+        of their own never compete: there the nearest TP counts, TP 1 only for itself unless there is nothing else.
         """
+        if not self.device.shared:
+
+            def distance(r: Rates) -> tuple[bool, float, bool]:
+                return (r.tp > 1) != (tp > 1), abs(math.log2(r.tp / tp)), r.pp != pp
+
+            return min(self.rates, key=distance, default=None)
         ranks, active, cores = tp * pp, tp * flying, self.device.cores
 
         def threads(count: int) -> int:
@@ -430,6 +440,7 @@ def _fit(table: _Table) -> Fit:
         segments,
         table.text("kind"),
         table.text("source"),
+        table.flag("norm"),
     )
     table.finish()
     return found

@@ -43,12 +43,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Choice:
-    """The cheapest way that an engine's algorithm has for one message: formula, wire formats, cost."""
+    """The cheapest way that an engine's algorithm has for one message: formula, wire formats, cost.
+
+    ``norm``: the cost holds the residual and the norm behind the all-reduce.
+    """
 
     algorithm: str
     variant: str
     wire: str
     cost: Cost
+    norm: bool = False
 
 
 def doubling_steps(nodes: int) -> int:
@@ -260,8 +264,11 @@ def automatic(cluster: Cluster, m: float, ranks: int, nodes: int) -> str:
     return name
 
 
-def all_reduce(cluster: Cluster, algorithm: str, m: float, ranks: int, nodes: int) -> Choice:
+def all_reduce(cluster: Cluster, algorithm: str, m: float, ranks: int, nodes: int, *, norm: bool = False) -> Choice:
     """Cost of one all-reduce of ``m`` bytes, by what was measured for this shape, else by the cheapest variant.
+
+    Args:
+        norm: together with the residual and the norm behind it, where that was measured; the choice says so.
 
     Raises:
         ConfigError: unknown algorithm, or it does not serve this shape.
@@ -273,12 +280,14 @@ def all_reduce(cluster: Cluster, algorithm: str, m: float, ranks: int, nodes: in
     if not serves(algorithm, ranks, nodes):
         raise ConfigError(f"all-reduce {algorithm!r} does not serve {ranks} ranks on {nodes} nodes")
     fit = cluster.fit(algorithm, ranks, nodes)
+    if norm:
+        fit = cluster.fit(algorithm, ranks, nodes, norm=True) or fit
     if fit is not None:
         seconds = fit.seconds(m)
         tier = {"torch": "flat_s", "nccl": "flat_s"}.get(algorithm)
         if tier is None:
             tier = "inter_s" if nodes > 1 else "intra_s"
-        return Choice(algorithm, "measured", fit.kind, Cost(**{tier: seconds}))
+        return Choice(algorithm, "measured", fit.kind, Cost(**{tier: seconds}), fit.norm)
     variant, wire, cost = min(VARIANTS[algorithm](cluster, m, ranks, nodes), key=lambda found: found[2].total_s)
     return Choice(algorithm, variant, wire, cost)
 

@@ -212,9 +212,12 @@ def attention_s(cluster: Cluster, rates: Rates | None, model: ModelConfig, tp: i
     return kv_bytes / device.memory_bytes_per_s.value + 4 * work / flops_per_s
 
 
-def activation_bytes(model: ModelConfig, tp: int, rows: float) -> float:
-    """Bytes that residual adds, norms and activations of a layer move: each row is read and written a few times."""
-    return rows * element_bytes(model) * (8 * model.hidden_size + 5 * model.intermediate_size / tp)
+def activation_bytes(model: ModelConfig, tp: int, rows: float, *, norms: bool = True) -> float:
+    """Bytes that residual adds, norms and activations of a layer move: each row is read and written a few times.
+
+    ``norms``: off where the two residuals and norms are priced elsewhere.
+    """
+    return rows * element_bytes(model) * (8 * model.hidden_size * norms + 5 * model.intermediate_size / tp)
 
 
 def stage_terms(
@@ -249,8 +252,8 @@ def stage_terms(
         gemm += weight_s(cluster, rates, step.sampled, head_bytes(model, tp), itemsize)
     attention = layers * attention_s(cluster, rates, model, tp, step)
     reductions = 2 * layers
-    choice = all_reduce(cluster, algorithm, message_bytes(model, step.rows), tp, layout.tp_nodes)
-    moved = layers * activation_bytes(model, tp, step.rows)
+    choice = all_reduce(cluster, algorithm, message_bytes(model, step.rows), tp, layout.tp_nodes, norm=True)
+    moved = layers * activation_bytes(model, tp, step.rows, norms=not choice.norm)
     if rates is None:
         launch = layers * device.kernels_per_layer.value * device.kernel_s.value * crowd
         other = moved / device.memory_bytes_per_s.value * active + device.pass_s.value

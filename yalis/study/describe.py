@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from yalis.study.cluster import Constant, Rates
 from yalis.study.fit import Segment, fit_segments, isotonic, trimmed_mean
-from yalis.study.sweep import PRODUCTS
+from yalis.study.sweep import products_of
 from yalis.utils.machine import cpu_model, git_commit, versions
 
 Sweep = Mapping[str, Any]
@@ -65,24 +65,38 @@ def times_by_size(raw: Mapping[str, Sequence[float]]) -> dict[float, Sequence[fl
     return {float(size): values for size, values in raw.items()}
 
 
-# (algorithm or ``p2p``, ranks, nodes) -> its fit.
-Curves = Mapping[tuple[str, int, int], Sequence[Segment]]
+class Place(NamedTuple):
+    """What a fit is of. ``algorithm``: or ``p2p``. ``norm``: with the norm behind. ``timed``: how, in words."""
+
+    algorithm: str
+    ranks: int
+    nodes: int
+    norm: bool = False
+    timed: str = ""
+
+
+Curves = Mapping[Place, Sequence[Segment]]
+# Resamplings for the bounds of a fit: a GPU's samples are many and alike, and the machine waits meanwhile.
+_ROUNDS = {"cpu": 200, "cuda": 50}
 
 
 def fit_curves(sweeps: Sequence[Sweep]) -> Curves:
-    """Fits of every all-reduce, and of transfers between the two outermost ranks."""
+    """Fits of every all-reduce, alone and with its norm, and of transfers between the two outermost ranks."""
     found = {}
     for sweep in sweeps:
-        measured = dict(sweep.get("all_reduce", {}))
+        shape, timed = (sweep["ranks"], sweep["nodes"]), sweep.get("timed", {})
+        rounds = _ROUNDS[sweep.get("device", "cpu")]
+        for key, norm in (("all_reduce", False), ("all_reduce_rmsnorm", True)):
+            for name, raw in sweep.get(key, {}).items():
+                found[Place(name, *shape, norm, timed.get(name, ""))] = fit_segments(times_by_size(raw), rounds=rounds)
         if sweep.get("ping_pong"):
-            measured["p2p"] = sweep["ping_pong"]
-        for name, raw in measured.items():
-            found[name, sweep["ranks"], sweep["nodes"]] = fit_segments(times_by_size(raw))
+            found[Place("p2p", *shape)] = fit_segments(times_by_size(sweep["ping_pong"]), rounds=rounds)
     return found
 
 
-def _fit_table(place: tuple[str, int, int], segments: Sequence[Segment], source: str) -> str:
-    algorithm, ranks, nodes = place
+def _fit_table(place: Place, segments: Sequence[Segment], source: str) -> str:
+    algorithm, ranks, nodes, norm, timed = place
+    source += f", {timed}" if timed else ""
     rows = ", ".join(f"[{s.limit_bytes:.0f}, {s.alpha_s:.6g}, {s.beta_s:.6g}]" for s in segments)
     bounds = "; ".join(
         f"alpha {s.alpha_low_s * 1e6:.3g} to {s.alpha_high_s * 1e6:.3g} us, beta {s.beta_low_s * 1e9:.3g} to "
@@ -91,7 +105,7 @@ def _fit_table(place: tuple[str, int, int], segments: Sequence[Segment], source:
     )
     return (
         f'\n[[fit]]\nalgorithm = {text(algorithm)}\nranks = {ranks}\nnodes = {nodes}\nkind = "fitted"'
-        f"\nsource = {text(f'{source}; 95 percent: {bounds}')}\nsegments = [{rows}]"
+        f"\nsource = {text(f'{source}; 95 percent: {bounds}')}\nsegments = [{rows}]" + ("\nnorm = true" if norm else "")
     )
 
 
@@ -134,7 +148,7 @@ def _products_tables(sweeps: Sequence[Sweep]) -> list[str]:
     found = []
     for sweep in sweeps:
         for shape in sweep.get("products", {}):
-            n, k = PRODUCTS[shape]
+            n, k = products_of(sweep.get("device", "cpu"))[shape]
             columns = zip(("rows", "s_per_weight_byte", "low", "high"), products_by_rows(sweep, shape), strict=True)
             lines = [f"\n[[products]]  # {shape}", f"ranks = {sweep['ranks']}", f"n = {n}", f"k = {k}"]
             found.append("\n".join([*lines, *(f"{name} = {numbers(values)}" for name, values in columns)]))
@@ -156,13 +170,13 @@ def describe(host: Host, sweeps: Sequence[Sweep], curves: Curves, rates: Sequenc
 
     def segments(name: str, least_nodes: int, most_nodes: int) -> Sequence[Segment] | None:
         """Of the smallest group that was measured."""
-        places = [p for p in curves if p[0] == name and least_nodes <= p[2] <= most_nodes]
-        return curves[min(places, key=lambda p: p[1:])] if places else None
+        places = [p for p in curves if p.algorithm == name and not p.norm and least_nodes <= p.nodes <= most_nodes]
+        return curves[min(places, key=lambda p: (p.ranks, p.nodes))] if places else None
 
     near, between = segments("p2p", 1, 1), segments("p2p", 2, host.nodes)
     inside = segments("shm", 1, 1) if on_cpu else near
     algorithms = [
-        name for name in ("shm", "rd", "torch", "nccl", "nvrar", "symm_mem") if any(name == p[0] for p in curves)
+        name for name in ("shm", "rd", "torch", "nccl", "nvrar", "symm_mem") if any(name == p.algorithm for p in curves)
     ]
     title, device_name, memory = _hardware(host)
     nics = 1 if on_cpu else host.per_node
@@ -180,7 +194,7 @@ def describe(host: Host, sweeps: Sequence[Sweep], curves: Curves, rates: Sequenc
         *wire("intra.shm" if on_cpu else "intra.simple", inside or near, f"{here}, this node"),
         *wire("inter.tcp" if on_cpu else "inter.simple", between or near, f"{here}, ping-pong between nodes, {label}"),
         *_library(host, near, between, here),
-        *(rates_table(r, f"{here}: the engine's own steps") for r in rates if on_cpu),
+        *(rates_table(r, f"{here}: the engine's own steps") for r in rates),
         *_products_tables(sweeps),
         *(_fit_table(place, fit, f"{here}, {label}") for place, fit in curves.items()),
         "\n[notes]",

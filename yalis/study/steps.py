@@ -9,14 +9,9 @@ any cache the products by rows. The models have shapes of their own; predictions
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,97 +21,15 @@ from yalis.study.cluster import Cluster, Constant, Rates
 from yalis.study.collectives import automatic
 from yalis.study.cost import CHUNK_TOKENS, Layout, decode_message_bytes, decode_terms, kv_token_bytes, prefill_terms
 from yalis.study.fit import isotonic, trimmed_mean
-from yalis.study.workload import Workload
+from yalis.study.shapes import Run, model_folder, model_of, models_of
 
-
-@dataclass(frozen=True)
-class Run:
-    """One batch through the engine; gives the time to all first tokens and, with several tokens out, of a step."""
-
-    batch: int
-    input_len: int
-    output_len: int
-
-    @property
-    def name(self) -> str:
-        """As ``8x128+33``."""
-        return f"{self.batch}x{self.input_len}+{self.output_len}"
-
-    @property
-    def workload(self) -> Workload:
-        """The same for the cost model."""
-        return Workload(self.name, self.batch, self.input_len, self.output_len)
-
-
-# Sizes over those of `_BASE`. The wide one streams from memory: 50 MB a layer.
-_BASE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "torch_dtype": "bfloat16",
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "head_dim": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_SIXTEEN = {"num_attention_heads": 16, "head_dim": 64, "num_hidden_layers": 8}
-SHAPES: dict[str, dict[str, int]] = {
-    "shallow": {},
-    "deep": {"num_hidden_layers": 18},
-    "words": {"vocab_size": 65536},
-    "wide": {
-        "hidden_size": 1536,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-    },
-    "alone": _SIXTEEN | {"num_key_value_heads": 16},
-    "grouped": _SIXTEEN | {"num_key_value_heads": 4},
-}
-_TINY = (Run(1, 16, 33), Run(8, 16, 33))
-_CONTEXTS = (Run(8, 64, 17), Run(8, 1024, 17))
-_PROMPTS = (Run(1, 512, 1), Run(1, 1024, 1), Run(1, 2048, 1))
-RUNS: dict[str, tuple[Run, ...]] = {
-    "shallow": _TINY,
-    "deep": _TINY,
-    "words": _TINY,
-    "wide": (*(Run(batch, 128, 17) for batch in (1, 2, 4, 8, 16)), Run(1, 8, 1), Run(1, 32, 1), Run(1, 512, 1)),
-    "alone": (*_CONTEXTS, *_PROMPTS),
-    "grouped": _CONTEXTS,
-}
 # Runs of a tiny model last milliseconds: so many for each of the others.
 _TINY_RUNS = 4
-_MAX_MODEL_LEN = 2304
 # First guesses: of a layer's or step's overhead, of a byte of weights.
 _OVERHEAD_S, _BYTE_S = 1e-4, 1e-11
 # Samples of one layout: shape -> run -> "first" or "step" -> seconds.
 Samples = dict[str, dict[str, dict[str, list[float]]]]
 Mean = Callable[[Sequence[float]], float]
-
-
-@cache
-def model_of(shape: str) -> ModelConfig:
-    """A calibration model as the cost model sees it."""
-    with _folder(shape) as folder:
-        return ModelConfig.from_pretrained(folder)
-
-
-@contextmanager
-def _folder(shape: str) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="yalis-shape-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(_BASE | SHAPES[shape]))
-        yield Path(folder)
 
 
 def shapes_of(layout: Layout, *, first: bool) -> list[str]:
@@ -141,19 +54,21 @@ def measure_steps(
     from yalis.bench.latency import measure
     from yalis.engine.llm import LLM
 
-    runs = RUNS[shape][:2] if quick and shape == "wide" else RUNS[shape]
-    iters = _TINY_RUNS if RUNS[shape] is _TINY and not quick else 1
+    models = models_of(device)
+    runs = models.runs(shape)[:2] if quick and shape == "wide" else models.runs(shape)
+    iters = _TINY_RUNS if models.runs(shape) is models.tiny and not quick else 1
     found: dict[str, dict[str, list[float]]] = {run.name: {"first": [], "step": []} for run in runs}
     with (
-        _folder(shape) as folder,
+        model_folder(device, shape) as folder,
         LLM(
             str(folder),
             load_format="dummy",
             enable_prefix_caching=False,
-            max_model_len=_MAX_MODEL_LEN,
+            max_model_len=models.max_model_len,
             tensor_parallel_size=layout.tp,
             pipeline_parallel_size=layout.pp,
             device=device,
+            **models.options,
         ) as llm,
     ):
         for index in range(-1, rounds):
@@ -224,24 +139,30 @@ class Attention:
     pair_s: float
 
 
-def fit_attention(samples: Samples, tp: int, mean: Mean) -> Attention:
+def kind_of(cluster: Cluster) -> str:
+    """The device that a description is of, as `yalis.study.shapes` names it: CPU ranks share theirs."""
+    return "cpu" if cluster.device.shared else "cuda"
+
+
+def fit_attention(device: str, samples: Samples, tp: int, mean: Mean) -> Attention:
     """From two contexts, two numbers of query heads a key, and three prompts."""
+    models = models_of(device)
 
     def step(shape: str, run: Run) -> float:
         return mean(samples[shape][run.name]["step"])
 
     per_byte = {}
     for shape in ("alone", "grouped"):
-        model, (short, long) = model_of(shape), _CONTEXTS
+        model, (short, long) = model_of(device, shape), models.contexts
         tokens = long.batch * (long.input_len - short.input_len)
         kv_bytes = tokens * model.num_layers * kv_token_bytes(model, tp)
         group = max(1.0, model.num_heads / tp / max(model.num_kv_heads / tp, 1.0))
         per_byte[group] = max(0.0, step(shape, long) - step(shape, short)) / kv_bytes
     (few, one), (many, four) = sorted(per_byte.items())
     query = max(0.0, (four - one) / (many - few))
-    model = model_of("alone")
-    first = [mean(samples["alone"][run.name]["first"]) for run in _PROMPTS]
-    lengths = np.array([run.input_len for run in _PROMPTS], float)
+    model = model_of(device, "alone")
+    first = [mean(samples["alone"][run.name]["first"]) for run in models.prompts]
+    lengths = np.array([run.input_len for run in models.prompts], float)
     # A constant, products in proportion to the tokens, and pairs.
     system = np.stack([np.ones(3), lengths, lengths * (lengths + 1) / 2], axis=1)
     per_pair = max(0.0, float(np.linalg.solve(system, np.array(first))[2]))
@@ -272,6 +193,8 @@ class LayoutFit:
     ):
         self.cluster, self.layout, self.flying, self.samples, self.mean = cluster, layout, flying, samples, mean
         self.attention, self.like = attention, like
+        self.device = kind_of(cluster)
+        self.models = models_of(self.device)
         a = attention
         blank = blank_rates(layout, flying)
         self.rates = replace(
@@ -282,14 +205,17 @@ class LayoutFit:
 
     def step_s(self, shape: str, run: Run, rates: Rates) -> float:
         """Predicted decode step."""
-        cluster, model = replace(self.cluster, rates=(*self.cluster.rates, rates)), model_of(shape)
+        cluster, model = replace(self.cluster, rates=(*self.cluster.rates, rates)), self._model(shape)
         context = run.input_len + run.output_len / 2
         return decode_terms(model, cluster, self.layout, self._name(model, run), run.batch, context).total_s
 
     def first_s(self, shape: str, run: Run, rates: Rates) -> float:
         """Predicted time to all first tokens."""
-        cluster, model = replace(self.cluster, rates=(*self.cluster.rates, rates)), model_of(shape)
+        cluster, model = replace(self.cluster, rates=(*self.cluster.rates, rates)), self._model(shape)
         return prefill_terms(model, cluster, self.layout, self._name(model, run), run.workload).total_s
+
+    def _model(self, shape: str) -> ModelConfig:
+        return model_of(self.device, shape)
 
     def _name(self, model: ModelConfig, run: Run) -> str:
         nbytes = decode_message_bytes(model, self.layout, run.workload)
@@ -301,7 +227,7 @@ class LayoutFit:
 
     def overheads(self) -> None:
         """Layers, steps, sequences, logits and arrivals from the tiny models."""
-        one, eight = _TINY
+        one, eight = self.models.tiny
         run = one if self.flying == 1 else eight
 
         def with_(name: str, value: float) -> Rates:
@@ -323,7 +249,7 @@ class LayoutFit:
             per = (self.measured("shallow", eight, "step") - self.measured("shallow", one, "step")) / 7
             self.rates = with_("sequence_s", max(0.0, per - self._growth(one, eight) / 7))
             logits = self.measured("words", eight, "step") - self.measured("words", one, "step") - 7 * per
-            more = 7 * (model_of("words").vocab_size - model_of("shallow").vocab_size) / self.layout.tp
+            more = 7 * (self._model("words").vocab_size - self._model("shallow").vocab_size) / self.layout.tp
             self.rates = with_("logit_s", max(0.0, logits / more))
         step = self.measured("shallow", run, "step")
         self.rates = with_(
@@ -352,7 +278,7 @@ class LayoutFit:
             return replace(self.rates, rows=xs, s_per_weight_byte=ys, low=ys, high=ys)
 
         for kind, predicted in (("step", self.step_s), ("first", self.first_s)):
-            for run in RUNS["wide"]:
+            for run in self.models.wide:
                 rows = self._rows(run, kind)
                 if rows is None or rows in table or run.name not in self.samples["wide"]:
                     continue
@@ -395,7 +321,7 @@ def fit_rates(cluster: Cluster, samples: Mapping[Layout, Samples], mean: Mean) -
     attention: Attention | None = None
     for layout, of_layout in samples.items():
         if attention is None:
-            attention = fit_attention(of_layout, layout.tp, mean)
+            attention = fit_attention(kind_of(cluster), of_layout, layout.tp, mean)
         like = None if layout.pp == 1 else next(r for r in found if r.pp == 1 and r.ranks == layout.ranks)
         for flying in sorted({1, layout.pp}):
             mine = tuple(r for r in found if (r.tp, r.pp) == (layout.tp, layout.pp))

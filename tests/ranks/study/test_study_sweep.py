@@ -20,3 +20,11 @@ def test_injected_latency_and_bandwidth_are_recovered() -> None:
         segments = fit_segments(times_by_size(raw), rounds=20)
         assert segments[0].alpha_s == pytest.approx(0.04, rel=0.1)
         assert 1 / segments[-1].beta_s == pytest.approx(2e6, rel=0.1)
+
+
+def test_all_reduces_are_timed_with_the_norm_behind_them() -> None:
+    found = run_sweep(Group(2, 2, ("shm",), norms=True), iters=3, low=256, high=1 << 14, limit_s=60)
+    sizes = [str(2**i) for i in range(8, 15)]
+    assert list(found["all_reduce"]["shm"]) == list(found["all_reduce_rmsnorm"]["shm"]) == sizes
+    assert all(len(times) == 3 for times in found["all_reduce_rmsnorm"]["shm"].values())
+    assert (found["device"], found["timed"]) == ("cpu", {"shm": "one by one"})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from yalis.errors import ConfigError
 from yalis.models.config import ModelConfig
 from yalis.study import cost
-from yalis.study.cluster import Constant, Rates, load_cluster
+from yalis.study.cluster import Constant, Fit, Rates, load_cluster
 from yalis.study.cost import Layout
 from yalis.study.terms import NAMES, Terms
 from yalis.study.workload import Workload, kinds, parse_workload
@@ -199,3 +199,20 @@ def test_workloads_have_exact_sizes() -> None:
     for bad in ("fast", "balanced:x", "0x1+1", "balanced:0"):
         with pytest.raises(ConfigError, match="workload"):
             parse_workload(bad)
+
+
+def test_an_all_reduce_that_was_measured_with_its_norm_holds_the_norm() -> None:
+    def fit(alpha_s: float, norm: bool) -> Fit:
+        return Fit("nccl", 2, 1, ((1e9, alpha_s, 0.0),), "fitted", "test", norm)
+
+    gpus = load_cluster("2xh100")
+    layout = Layout(2, 1, 1)
+    alone, both = (
+        cost.decode_terms(M8, replace(gpus, fits=fits), layout, "nccl", 32, 512)
+        for fits in ((fit(7e-6, False),), (fit(7e-6, False), fit(16e-6, True)))
+    )
+    assert (alone.flat_s, both.flat_s) == pytest.approx((64 * 7e-6, 64 * 16e-6))
+    norms = 32 * 32 * 8 * 4096 * 2  # bytes: 32 layers, 32 rows, four passes over two residuals
+    assert alone.other_s - both.other_s == pytest.approx(norms / gpus.device.memory_bytes_per_s.value)
+    # One that was not measured so is as it was.
+    assert cost.all_reduce(replace(gpus, fits=(fit(7e-6, False),)), "nccl", 8192, 2, 1, norm=True).norm is False

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from yalis.models.config import ModelConfig
+from yalis.config import EngineConfig
+from yalis.models.config import ModelConfig, validate_parallel
 from yalis.study import steps
-from yalis.study.calibrate import caveats, describe_measured, disagreements, layouts_of
+from yalis.study.calibrate import describe_measured, disagreements, layouts_of
 from yalis.study.cluster import Cluster, Constant, Fit, Rates, load_cluster, parse_cluster
-from yalis.study.cost import Layout, decode_terms, prefill_terms
+from yalis.study.cost import Layout, decode_terms, layer_weight_bytes, prefill_terms
 from yalis.study.describe import Host
 from yalis.study.fit import trimmed_mean
+from yalis.study.shapes import model_of, models_of
+from yalis.study.sweep import IN_GRAPH, ONE_BY_ONE, products_of
 from yalis.study.workload import Workload
 
 ROOT = Path(__file__).parents[3]
@@ -63,14 +68,16 @@ def _truth(layout: Layout, flying: int) -> Rates:
 TRUTH = tuple(_truth(x, flying) for x in LAYOUTS for flying in sorted({1, x.pp}))
 
 
-def _samples(cluster: Cluster) -> dict[Layout, steps.Samples]:
+def _samples(cluster: Cluster, layouts: Sequence[Layout] = LAYOUTS) -> dict[Layout, steps.Samples]:
+    """What the engine would take on such a host, or such GPUs."""
+    device, algorithm = ("cpu", "shm") if cluster.device.shared else ("cuda", "nccl")
     found: dict[Layout, steps.Samples] = {}
-    for layout in LAYOUTS:
-        for shape in steps.shapes_of(layout, first=layout == LAYOUTS[0]):
-            for run in steps.RUNS[shape]:
-                model, context = steps.model_of(shape), run.input_len + run.output_len / 2
-                first = prefill_terms(model, cluster, layout, "shm", run.workload).total_s
-                step = decode_terms(model, cluster, layout, "shm", run.batch, context).total_s
+    for layout in layouts:
+        for shape in steps.shapes_of(layout, first=layout == layouts[0]):
+            for run in models_of(device).runs(shape):
+                model, context = model_of(device, shape), run.input_len + run.output_len / 2
+                first = prefill_terms(model, cluster, layout, algorithm, run.workload).total_s
+                step = decode_terms(model, cluster, layout, algorithm, run.batch, context).total_s
                 kinds = {"first": [first] * 5, "step": [step] * 5}
                 found.setdefault(layout, {}).setdefault(shape, {})[run.name] = kinds
     return found
@@ -168,10 +175,93 @@ def test_products_within_and_apart_from_the_engine_must_agree(found: list[Rates]
     assert "2 rank(s), 1 row(s): weights at 3" in words
 
 
-def test_a_description_of_gpus_says_what_it_is_not_good_for() -> None:
-    assert caveats("cpu") == []
-    (words,) = caveats("cuda")
-    assert "CUDA graph" in words and "2xh100" in words
+# Two GPUs: a layer of 20 us, weights at 3 TB/s and slower with many rows, an all-reduce with its norm at 12 us.
+def _gpu_truth(tp: int) -> Rates:
+    def plain(value: float) -> Constant:
+        return Constant(value, "measured", "truth", value, value)
+
+    rows = (1.0, 2.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0)
+    costs = tuple(max(3.4e-13 * (1 + 0.002 * min(r, 64)), 1.4e-15 * r) for r in rows)
+    small = {"step_s": 6e-5, "sequence_s": 2e-7, "layer_s": 2e-5 / tp, "logit_s": 2e-12, "arrival_s": 9e-4}
+    attention = {"kv_byte_s": 3e-13, "kv_query_s": 1e-14, "pair_s": 1e-14}
+    constants = {name: plain(value) for name, value in (small | attention).items()}
+    return Rates(tp, 1, 1, rows=rows, s_per_weight_byte=costs, low=costs, high=costs, **constants)
+
+
+GPU_LAYOUTS = layouts_of(2, "cuda")
+GPUS = replace(
+    load_cluster("2xh100"),
+    fits=(
+        Fit("nccl", 2, 1, ((1e9, 6e-6, 5e-12),), "fitted", "test"),
+        Fit("nccl", 2, 1, ((1e9, 12e-6, 6e-12),), "fitted", "test", norm=True),
+    ),
+)
+
+
+def test_known_rates_of_gpus_are_found_from_their_models() -> None:
+    truth = tuple(_gpu_truth(tp) for tp in (1, 2))
+    found = steps.fit_rates(GPUS, _samples(replace(GPUS, rates=truth), GPU_LAYOUTS), trimmed_mean)
+    for rates, true in zip(found, truth, strict=True):
+        assert rates.layer_s.value == pytest.approx(true.layer_s.value, rel=0.05)
+        assert rates.step_s.value == pytest.approx(true.step_s.value, rel=0.05)
+        for rows in (1, 8, 32, 512, 2048):
+            assert rates.weight_s(rows, 1.0) == pytest.approx(true.weight_s(rows, 1.0), rel=0.05)
+    llama = ModelConfig.from_pretrained(ROOT / "bench/shapes/llama-3.1-8b")
+    for layout in GPU_LAYOUTS:
+        for batch in (1, 8, 32):
+            predicted, wanted = (
+                decode_terms(llama, replace(GPUS, rates=rates), layout, "nccl", batch, 576).total_s
+                for rates in (tuple(found), truth)
+            )
+            assert predicted == pytest.approx(wanted, rel=0.05), (layout, batch)
+
+
+def test_models_of_gpus_stream_from_memory_and_are_tuned_on_two_ranks() -> None:
+    models, wide = models_of("cuda"), model_of("cuda", "wide")
+    assert layer_weight_bytes(wide, 2) > 2 * 60 * 2**20  # L2 of an H200
+    assert wide.num_layers * layer_weight_bytes(wide, 2) > 512 * 2**20
+    for shape in models.sizes:
+        model = model_of("cuda", shape)
+        validate_parallel(model, 2, 1)
+        assert max(run.input_len + run.output_len for run in models.runs(shape)) <= models.max_model_len
+        assert models.max_model_len <= model.max_position_embeddings
+    # Decode steps at every number of rows for which the engine chooses kernels, and at most as many as it runs at once.
+    assert {run.batch for run in models.wide} >= {1, 8, 32, 64}
+    assert max(run.batch for run in models.wide) <= EngineConfig(model="x").max_num_seqs
+
+
+def test_a_description_of_gpus_holds_norms_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="some GPU", total_memory=80e9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
+    truth = tuple(_gpu_truth(tp) for tp in (1, 2))
+    samples = _samples(replace(GPUS, rates=truth), GPU_LAYOUTS)
+    one = {"ranks": 1, "nodes": 1, "emulated": "", "skipped": {}, "device": "cuda", "timed": {}}
+    rows = {str(r): [max(3.4e-13 * (1 + 0.002 * min(r, 64)), 1.4e-15 * r)] * 5 for r in (1, 8, 64, 512)}
+    products = dict.fromkeys(products_of("cuda"), rows)
+    two = {
+        "ranks": 2,
+        "all_reduce": {"nccl": _curve(6e-6, 5e-12), "slow": _curve(3e-5, 5e-12)},
+        "all_reduce_rmsnorm": {"nccl": _curve(12e-6, 6e-12)},
+        "ping_pong": _curve(9e-6, 5e-12),
+        "timed": {"nccl": IN_GRAPH, "slow": ONE_BY_ONE},
+    }
+    said: list[str] = []
+    sweeps = [{**one, "products": products}, {**one, "products": products, **two}]
+    text = describe_measured(Host("gpus", "cuda", 1, 2, 1, ""), sweeps, samples, said.append, draws=1)
+    cluster = parse_cluster(tomllib.loads(text), "gpus.toml")
+    assert said == [
+        "warning: 2 rank(s): a CUDA graph cannot hold slow, so it was timed call by call, launches included"
+    ]
+    assert [r.tp for r in cluster.rates] == [1, 2]
+    plain, normed = (cluster.fit("nccl", 2, 1, norm=norm) for norm in (False, True))
+    assert plain is not None and normed is not None
+    assert "in CUDA graphs" in plain.source
+    assert (plain.seconds(8192), normed.seconds(8192)) == pytest.approx((6.04e-6, 12.05e-6), rel=0.02)
+    assert {(p.n, p.k) for p in cluster.products} == set(products_of("cuda").values())
+    # GPUs do not compete: two stages of one rank each are priced as TP 1.
+    stages = cluster.rates_for(1, 2, 2)
+    assert stages is not None
+    assert stages.tp == 1
 
 
 def test_without_a_second_rank_the_wires_are_assumed() -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from yalis.bench.latency import DECODE_SHAPES
+from yalis.cli import bench_latency
+from yalis.cli.engine_options import engine_options
 from yalis.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -21,6 +27,7 @@ def bench() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -38,7 +45,14 @@ def _round(ttft_s: float, tpot_s: float) -> dict[str, Any]:
 def _record(bench: ModuleType, measured: dict[str, Any]) -> dict[str, Any]:
     predicted = {f"some TP{tp} PP1 batch 1": _predicted(tp, 1, 0.050, 0.010) for tp in (1, 2)}
     machine = {"cpu": {"cores_usable": 2, "model": "a CPU"}, "commit": "abc"}
-    record = {"rounds": 2, "iters": 2, "calibrated": "today", "machine": machine, "predicted": predicted}
+    record = {
+        "device": "cpu",
+        "rounds": 2,
+        "iters": 2,
+        "calibrated": "today",
+        "machine": machine,
+        "predicted": predicted,
+    }
     return {**record, "measured": measured, "cells": bench.cells_of(predicted, measured)}
 
 
@@ -74,3 +88,46 @@ def test_a_busy_machine_is_refused(bench: ModuleType, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match=r"load 3.00 is above 0.5 for 0 s: .*--max-load"):
         bench.wait_for_quiet(0.5, 0.0)
     bench.wait_for_quiet(4.0, 0.0)
+
+
+def test_gpus_are_predicted_by_all_reduce_and_measured_a_layout_at_a_time(bench: ModuleType) -> None:
+    grid = bench.GRIDS["cuda"]
+    predicted = bench.predictions("2xh100", grid, "", ("nccl", "nvrar"))
+    assert bench.together(predicted, "cuda") == [
+        [f"llama-3.1-8b {place} batch {batch}" for batch in (1, 8, 32)]
+        for place in ("TP1 PP1", "TP2 PP1 nccl", "TP2 PP1 nvrar")
+    ]
+    assert len(bench.predictions("2xh100", grid, "TP2")) == 3
+    # The requests must be rows of the table that measures them.
+    names = {shape.name for shape in DECODE_SHAPES}
+    assert {f"{b}x{grid.input_len}+{grid.output_len}" for b in grid.batches} == names
+    measured = {name: [_round(0.03, 0.004)] for name in predicted}
+    record = {"device": "cuda", "rounds": 1, "iters": 3, "calibrated": "today", "predicted": predicted}
+    machine = {"cpu": {"cores_usable": 32, "model": "a CPU"}, "commit": "abc", "gpus": [{"name": "H100"}] * 2}
+    record |= {"machine": machine, "measured": measured, "cells": bench.cells_of(predicted, measured)}
+    text = bench.page(record, "docs/results/data")
+    assert "H100, H100, commit abc" in text
+    assert "yalis calibrate --device cuda --output docs/results/data/plan-validation-calibrated.toml" in text
+    assert "| TP2 PP1 nvrar batch 32 |" in text
+
+
+def test_one_engine_measures_all_batches_of_a_table(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def run(command: list[str], **_: Any) -> None:
+        commands.append(command)
+        samples = {f"{b}x512+129.{kind}_s": [b * 1.0] for b in (1, 8, 32) for kind in ("first", "step")}
+        Path(command[command.index("--output-json") + 1]).write_text(json.dumps({"samples": samples}))
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    predicted = bench.predictions("2xh100", bench.GRIDS["cuda"], "TP2", ("nccl",))
+    found = bench.measure(predicted, list(predicted), "cuda", 3, 60.0)
+    assert found["llama-3.1-8b TP2 PP1 nccl batch 8"] == {"ttft_s": [8.0], "tpot_s": [8.0]}
+    (command,) = commands
+    # What is asked for must be options of the command.
+    parser = argparse.ArgumentParser()
+    bench_latency.add_arguments(parser)
+    args = parser.parse_args(command[command.index("latency") + 1 :])
+    assert (args.table, args.num_iters) == (True, 3)
+    options = engine_options(args)
+    assert (options["all_reduce"], options["tensor_parallel_size"], options["device"]) == ("nccl", 2, "cuda")
