@@ -145,7 +145,7 @@ def measure_layouts(layouts: Sequence[Layout], device: str, much: Effort, say: S
     for number in range(much.passes):
         for layout in layouts:
             # Attention is a small part of every prediction: once, on the first layout.
-            for shape in shapes_of(layout, first=number == 0 and layout == layouts[0]):
+            for shape in shapes_of(layout, device, first=number == 0 and layout == layouts[0]):
                 say(f"pass {number + 1} of {much.passes}: {layout.name}, {shape} model")
                 merge(found[layout], shape, measure_steps(layout, shape, much.rounds, device, quick=much.quick))
     return found

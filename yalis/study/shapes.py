@@ -41,6 +41,7 @@ class Models:
     Attributes:
         sizes: of each model, over those of `_BASE`.
         tiny: two batches of the models that have next to no weights.
+        arrival: the one of them whose time to the first token tells what a request costs besides its steps.
         wide: of the model that streams from memory. The first gives the time of one row, the second of many: enough
             for a look; of equal numbers of rows the first run counts.
         contexts: two lengths of cache. prompts: three lengths, for prefill attention.
@@ -50,6 +51,7 @@ class Models:
 
     sizes: Mapping[str, Mapping[str, Any]]
     tiny: tuple[Run, Run]
+    arrival: str
     wide: tuple[Run, ...]
     contexts: tuple[Run, Run]
     prompts: tuple[Run, Run, Run]
@@ -113,18 +115,30 @@ _TINY_SIZES: dict[str, dict[str, int]] = {
 _CPU = Models(
     sizes={**_TINY_SIZES, "wide": _wide(1536, 4096, 6, 24, 64), **_attending(16, 64, 8, (1, 4))},
     tiny=(Run(1, 16, 33), Run(8, 16, 33)),
+    arrival="shallow",
     wide=(*(Run(batch, 128, 17) for batch in (1, 2, 4, 8, 16)), Run(1, 8, 1), Run(1, 32, 1), Run(1, 512, 1)),
     contexts=(Run(8, 64, 17), Run(8, 1024, 17)),
     prompts=(Run(1, 512, 1), Run(1, 1024, 1), Run(1, 2048, 1)),
     max_model_len=2304,
     options={},
 )
-# 482 MB a layer, 1.9 GB in all, which is more than half a gigabyte on each of two ranks: so the engine tunes its
-# products there, and a layer's prefill outlasts its launch. The sizes are no well-known model's. Prompts of the
-# attending model are long, because a short one takes no longer than its launch.
+# The host schedules one step ahead and takes 0.2 to 0.5 ms for it (two H100 of a host, TP 1 and 2): a step that is to
+# tell what layers or their weights cost has to outlast that, so the shallow, the wide and the attending models have
+# many. A prompt's kernels are launched one by one, so what its arrival costs is told by a model of few. The wide one
+# has 482 MB a layer and 5.8 GB in all: the engine tunes its products on two ranks as well, and a layer's prefill
+# outlasts its launch. The sizes are no well-known model's. Prompts of the attending models are long, because a short
+# one takes no longer than its launch.
 _CUDA = Models(
-    sizes={**_TINY_SIZES, "wide": _wide(5120, 12288, 4, 32, 128), **_attending(32, 128, 4, (1, 4))},
+    sizes={
+        "brief": {},
+        "shallow": {"num_hidden_layers": 64},
+        "deep": {"num_hidden_layers": 160},
+        "words": {"num_hidden_layers": 64, "vocab_size": 65536},
+        "wide": _wide(5120, 12288, 12, 32, 128),
+        **_attending(32, 128, 32, (1, 4)),
+    },
     tiny=(Run(1, 16, 129), Run(8, 16, 129)),
+    arrival="brief",
     wide=(
         Run(1, 128, 65),
         Run(1, 512, 1),
@@ -136,7 +150,7 @@ _CUDA = Models(
     prompts=(Run(1, 2048, 1), Run(1, 4096, 1), Run(1, 8192, 1)),
     max_model_len=8448,
     # What auto takes where nothing was tuned; a table left by `yalis tune` must not change what is measured.
-    options={"all_reduce": "nccl"},
+    options={"all_reduce": "nccl", "max_num_seqs": 64},
 )
 
 

@@ -32,12 +32,15 @@ Samples = dict[str, dict[str, dict[str, list[float]]]]
 Mean = Callable[[Sequence[float]], float]
 
 
-def shapes_of(layout: Layout, *, first: bool) -> list[str]:
+def shapes_of(layout: Layout, device: str, *, first: bool) -> list[str]:
     """What a layout runs. The first one also measures attention, and pipelines take logits and sequences from others.
 
     A host's ranks all attend alike, but for the speed of their memory.
     """
-    return ["shallow", "deep", *(["words"] if layout.pp == 1 else []), "wide", *(["alone", "grouped"] if first else [])]
+    tiny = ["shallow", "deep", *(["words"] if layout.pp == 1 else [])]
+    arrival = models_of(device).arrival
+    attending = ["alone", "grouped"] if first else []
+    return [*tiny, *([arrival] if arrival not in tiny else []), "wide", *attending]
 
 
 def measure_steps(
@@ -256,9 +259,10 @@ class LayoutFit:
             "step_s", solve(lambda x: self.step_s("shallow", run, with_("step_s", x)), step, _OVERHEAD_S)
         )
         if self.flying == 1:
-            first = self.measured("shallow", one, "first")
+            shape = self.models.arrival
+            first = self.measured(shape, one, "first")
             self.rates = with_(
-                "arrival_s", solve(lambda x: self.first_s("shallow", one, with_("arrival_s", x)), first, _OVERHEAD_S)
+                "arrival_s", solve(lambda x: self.first_s(shape, one, with_("arrival_s", x)), first, _OVERHEAD_S)
             )
 
     def _growth(self, one: Run, eight: Run) -> float:

@@ -73,7 +73,7 @@ def _samples(cluster: Cluster, layouts: Sequence[Layout] = LAYOUTS) -> dict[Layo
     device, algorithm = ("cpu", "shm") if cluster.device.shared else ("cuda", "nccl")
     found: dict[Layout, steps.Samples] = {}
     for layout in layouts:
-        for shape in steps.shapes_of(layout, first=layout == layouts[0]):
+        for shape in steps.shapes_of(layout, device, first=layout == layouts[0]):
             for run in models_of(device).runs(shape):
                 model, context = model_of(device, shape), run.input_len + run.output_len / 2
                 first = prefill_terms(model, cluster, layout, algorithm, run.workload).total_s
