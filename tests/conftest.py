@@ -21,6 +21,9 @@ settings.load_profile("yalis")
 if "PYTEST_XDIST_WORKER" not in os.environ and not any("tests/gpu" in argument for argument in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# Tests start hundreds of processes, and where an image sets this each of them would compile all of yalis.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
