@@ -20,6 +20,8 @@ settings.load_profile("yalis")
 # which have no arguments of their own, inherit what was decided here.
 if "PYTEST_XDIST_WORKER" not in os.environ and not any("tests/gpu" in argument for argument in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Several files run at a time: threads that wait for each other on the same few cores cost twice what they bring.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Tests start hundreds of processes, and where an image sets this each of them would compile all of yalis.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
