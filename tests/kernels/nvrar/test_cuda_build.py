@@ -52,7 +52,7 @@ def _report(folder: Path, text: str, architectures: tuple[int, ...], *flags: str
     """What nvcc says, which must succeed; kept, so that it is asked once per content of sources, flags and compiler."""
     command = [str(NVCC), "-std=c++17", "-O3", "--threads", "2", "-Werror", "all-warnings", "-Xptxas", "-v"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    command += [f"-I{HEADERS}", *flags]
+    command += flags
     digest = hashlib.sha256("\0".join([*command, text, _version()]).encode())
     for header in sorted(HEADERS.iterdir()):
         digest.update(header.read_bytes() + b"\0")
@@ -61,8 +61,8 @@ def _report(folder: Path, text: str, architectures: tuple[int, ...], *flags: str
         return kept.read_text()
     source = folder / "kernels.cu"
     source.write_text(text)
-    outputs = ["-c", str(source), "-o", str(folder / "kernels.o")]
-    done = subprocess.run([*command, *outputs], capture_output=True, text=True, timeout=115)
+    command += [f"-I{HEADERS}", "-c", str(source), "-o", str(folder / "kernels.o")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=115)
     report = done.stdout + done.stderr
     assert done.returncode == 0, report
     kept.parent.mkdir(parents=True, exist_ok=True)
