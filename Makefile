@@ -23,12 +23,11 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Three files of tests at a time, on two cores: many tests wait for deadlines. Tests that watch deadlines of tens of
-# milliseconds fail now and then on a machine that others use too: what fails is tried twice more, and the end of the
-# run names it.
+# Two files of tests at a time; three take as long on two cores. Tests that watch deadlines of tens of milliseconds fail
+# now and then on a machine that others use too: what fails is tried twice more, and the end of the run names it.
 CPU_TESTS := tests/unit tests/ranks tests/kernels --reruns 2 -r sR --durations 25
 test: lint
-	$(BIN)/python -m pytest $(CPU_TESTS) -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(CPU_TESTS) -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Tracing costs half as much again, in every process that a test starts.
 coverage: setup
