@@ -23,8 +23,8 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two files of tests at a time. Tests that watch deadlines of tens of milliseconds fail now and then on a machine that
-# others use too: what fails is tried twice more, and the end of the run names it.
+# Two files of tests at a time; three take as long on two cores. Tests that watch deadlines of tens of milliseconds fail
+# now and then on a machine that others use too: what fails is tried twice more, and the end of the run names it.
 CPU_TESTS := tests/unit tests/ranks tests/kernels --reruns 2 -r sR --durations 25
 test: lint
 	$(BIN)/python -m pytest $(CPU_TESTS) -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)

@@ -20,9 +20,48 @@ settings.load_profile("yalis")
 # which have no arguments of their own, inherit what was decided here.
 if "PYTEST_XDIST_WORKER" not in os.environ and not any("tests/gpu" in argument for argument in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Several files run at a time: threads that wait for each other on the same few cores cost twice what they bring.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Tests start hundreds of processes, and where an image sets this each of them would compile all of yalis.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# Files of 15 s and more, the longest first: several files run at a time, and none of these is to be alone at the end.
+_LONG = (
+    "ranks/test_engine_failures.py",
+    "ranks/server/test_loss.py",
+    "ranks/study/test_study_end_to_end.py",
+    "kernels/nvrar/test_protocol.py",
+    "ranks/server/test_launches.py",
+    "ranks/test_engine_parallel.py",
+    "ranks/study/test_study_fabric.py",
+    "ranks/test_cli_bench.py",
+    "ranks/study/test_study_small.py",
+    "ranks/test_liveness.py",
+    "kernels/nvrar/test_cuda_build.py",
+    "ranks/comm/test_collectives.py",
+    "ranks/server/test_bench_and_page.py",
+    "ranks/test_launch.py",
+    "unit/test_cli_generate.py",
+    "unit/engine/test_sampler.py",
+    "ranks/server/test_forms.py",
+    "unit/study/test_study_run.py",
+    "unit/bench/test_load_test.py",
+    "ranks/test_joined_launch.py",
+    "ranks/test_guided_parallel.py",
+    "ranks/test_cli_demo.py",
+    "ranks/server/test_load.py",
+    "ranks/test_tune.py",
+    "unit/test_bad_input.py",
+    "ranks/test_decode_steps.py",
+    "ranks/study/test_study_sweep.py",
+    "kernels/test_triton_interpreted.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: index for index, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(str(item.path.relative_to(_TESTS)), len(_LONG)))
     for item in items:
         folder = item.path.relative_to(_TESTS).parts[0]
         if folder in ("unit", "ranks", "kernels", "gpu"):

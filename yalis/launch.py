@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import logging
 import os
 import runpy
@@ -39,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from yalis.comm.liveness import ERROR_FILE_VARIABLE, EXIT_PEER_LOST, die_with_parent, last_words
 from yalis.comm.topology import from_environment, launcher
 from yalis.errors import ConfigError, PeerLostError, YalisError
+from yalis.utils.garbage import spare_imports
 from yalis.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -566,8 +566,7 @@ def main() -> None:
     if parent is not None:
         die_with_parent(int(parent))
     sys.argv = sys.argv[1:]
-    # Imports make some 280,000 objects that stay; looking at them again every 700 costs a tenth of a rank's start.
-    gc.set_threshold(50_000, 20, 100)
+    spare_imports()
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except PeerLostError as error:

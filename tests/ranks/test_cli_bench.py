@@ -117,9 +117,7 @@ def test_leaving_communication_out_saves_what_the_split_says(tmp_path: Path) -> 
         "--output-len",
         "4",
         "--num-iters",
-        "5",
-        "--num-iters-warmup",
-        "1",
+        "3",
     )
     where = ("--tp", "2", "--ranks-per-node", "1", "--all-reduce", "rd", "--cpu-threads", "1")
     more = ("--num-iters-warmup", "1", "--null-comm", "--null-compute", "--output-json", str(file))

@@ -23,13 +23,17 @@ import pytest
 from tests.support.checkpoints import DEMO
 from tests.support.ranks import ROOT
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 3.0
+# Where a test waits the whole deadline out, several times over.
+SHORT_S = 2.0
 # For Python to unwind, the launcher to notice and the caller's process to be scheduled on a busy machine.
 SLACK_S = 2.0
+END_S = 4.0
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 
 TP2 = {"tensor_parallel_size": 2, "distributed_timeout_s": TIMEOUT_S, "cpu_threads": 1}
 TP2_PP2 = TP2 | {"pipeline_parallel_size": 2, "ranks_per_node": 2}
+SHORT = {"distributed_timeout_s": SHORT_S}
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
@@ -182,7 +186,7 @@ def test_rank_lost_while_generating(options: dict[str, Any], rank: int, number: 
         assert "This rank " in error["message"]
         assert " was waiting in " in error["message"]
         assert " at step " in error["message"]
-        program.wait_gone(TIMEOUT_S)
+        program.wait_gone(END_S)
         assert program.left_behind() == set()
         # The error stays one: it does not become a hang or another exception.
         program.tell("generate")
@@ -216,7 +220,7 @@ def test_rank_lost_before_the_ranks_have_met(rank: int, number: signal.Signals) 
         error = program.hear("error", TIMEOUT_S + SLACK_S + 10)
         print(f"starting, rank {rank} {number.name}: {time.monotonic() - lost:.2f} s: {error['message']}")
         assert f"rank {rank}" in error["message"]
-        program.wait_gone(TIMEOUT_S)
+        program.wait_gone(END_S)
         assert program.left_behind() == set()
 
 
@@ -231,7 +235,7 @@ def test_rank_lost_while_loading(rank: int, number: signal.Signals) -> None:
         error = hear_error_after_start(program)
         print(f"loading, rank {rank} {number.name}: {time.monotonic() - lost:.2f} s: {error['message']}")
         check_named(error["message"], rank, program.pids[rank], number)
-        program.wait_gone(TIMEOUT_S)
+        program.wait_gone(END_S)
         assert program.left_behind() == set()
 
 
@@ -239,9 +243,9 @@ def slow_loading(seconds: float) -> dict[str, str]:
     return {"PYTHONPATH": "tests/support/slow", "YALIS_TEST_SLOW_S": str(seconds)}
 
 
-@pytest.mark.parametrize("options", [TP2, TP2_PP2], ids=["tp2", "tp2pp2"])
+@pytest.mark.parametrize("options", [TP2 | SHORT, TP2_PP2 | SHORT], ids=["tp2", "tp2pp2"])
 def test_a_rank_that_loads_longer_than_the_deadline_is_waited_for(options: dict[str, Any]) -> None:
-    env = slow_loading(2 * TIMEOUT_S)
+    env = slow_loading(2 * SHORT_S)
     with Program("-m", "tests.support.engine_driver", json.dumps(options), env=env) as program:
         program.hear("ready", 60.0)
         assert "loading slowly" in program.stderr
@@ -251,17 +255,17 @@ def test_a_rank_that_loads_longer_than_the_deadline_is_waited_for(options: dict[
 
 @pytest.mark.parametrize("number", [KILL, STOP], ids=loss_name)
 def test_rank_lost_while_the_others_wait_for_its_loading(number: signal.Signals) -> None:
-    with Program("-m", "tests.support.engine_driver", json.dumps(TP2), env=slow_loading(60.0)) as program:
+    with Program("-m", "tests.support.engine_driver", json.dumps(TP2 | SHORT), env=slow_loading(60.0)) as program:
         program.find_ranks(2)
         wait_for(lambda: "loading slowly" in program.stderr, 60, "the start of loading")
-        time.sleep(TIMEOUT_S + 1.0)  # rank 0 has loaded, and waits for longer than the deadline
+        time.sleep(SHORT_S + 1.0)  # rank 0 has loaded, and waits for longer than the deadline
         lost = time.monotonic()
         os.kill(program.pids[1], number)
-        error = program.hear("error", TIMEOUT_S + SLACK_S)
+        error = program.hear("error", SHORT_S + SLACK_S)
         print(f"waited for, rank 1 {number.name}: {time.monotonic() - lost:.2f} s: {error['message']}")
         check_named(error["message"], 1, program.pids[1], number)
         assert "waiting for all ranks (weights)" in error["message"]
-        program.wait_gone(TIMEOUT_S)
+        program.wait_gone(END_S)
         assert program.left_behind() == set()
 
 
@@ -279,13 +283,14 @@ def hear_error_after_start(program: Program) -> dict[str, Any]:
 def test_ranks_stuck_in_their_own_code(seed: int) -> None:
     """Nobody waits in a collective, and every monitor beats: only rank 0's loop stands still."""
     env = {"YALIS_LOG_LEVEL": "INFO", "PYTHONPATH": "tests/support/stuck"}
-    with Program(*GENERATE, "--tp", "2", "--seed", str(seed), "Once upon a time", env=env) as program:
+    options = ("--tp", "2", "--dist-timeout", str(SHORT_S), "--seed", str(seed))
+    with Program(*GENERATE, *options, "Once upon a time", env=env) as program:
         program.find_ranks(2)
         in_a_wait_of_the_engine(program)
         begin = time.monotonic()
-        assert program.process.wait(3 * TIMEOUT_S + SLACK_S + 10) == 1
+        assert program.process.wait(3 * SHORT_S + SLACK_S + 10) == 1
         print(f"stuck: {time.monotonic() - begin:.2f} s")
-        program.wait_gone(TIMEOUT_S)
+        program.wait_gone(END_S)
         assert program.left_behind() == set()
     who = f"rank 0 on {socket.gethostname()} (pid {program.pids[0]}) was lost: its step did not end for "
     assert who in program.stderr
@@ -298,7 +303,7 @@ def test_killed_caller_leaves_no_rank() -> None:
         program.tell("generate")
         program.hear("running")
         program.process.kill()
-        program.wait_gone(TIMEOUT_S)
+        program.wait_gone(END_S)
         assert shared_names() <= program.shared_before
 
 

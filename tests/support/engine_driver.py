@@ -16,6 +16,7 @@ from typing import Any
 from tests.support.checkpoints import DEMO
 from yalis import LLM, SamplingParams
 from yalis.errors import YalisError
+from yalis.utils.garbage import spare_imports
 
 
 def say(event: str, **values: Any) -> None:
@@ -55,4 +56,5 @@ def obey(llm: LLM, command: str) -> None:
 
 
 if __name__ == "__main__":
+    spare_imports()
     main()

@@ -235,4 +235,7 @@ def _main(folder: Path, rank: int) -> None:
 if __name__ == "__main__":
     # The script's own folder is not the place to import from.
     sys.path[0] = str(ROOT)
+    from yalis.utils.garbage import spare_imports
+
+    spare_imports()
     _main(Path(sys.argv[1]), int(sys.argv[2]))

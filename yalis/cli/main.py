@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from yalis import __version__
 from yalis.errors import YalisError
+from yalis.utils.garbage import spare_imports
 from yalis.utils.logging import setup_logging
 
 # Each module has ``add_parser(subparsers) -> ArgumentParser`` and ``run(args) -> int``. The summaries stand here so
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after ``--help``, ``--version`` and wrong usage, as argparse does.
     """
+    if argv is None:  # else the process is somebody else's
+        spare_imports()
     arguments = list(sys.argv[1:] if argv is None else argv)
     setup_logging()
     try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from tests.kernels.nvrar.build import HEADERS
 from yalis.comm.nvrar.build import find_nvshmem
 from yalis.errors import BuildError
+from yalis.utils.native import cache_dir
 
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = (80, 90, 100)
@@ -39,16 +43,38 @@ def _wheel() -> str:
         return ""
 
 
-def _compile(folder: Path, text: str, architectures: tuple[int, ...], *flags: str) -> list[tuple[int, ...]]:
-    """(architecture, stack, spill stores, spill loads, registers) of each function that is called from the host."""
-    source = folder / "kernels.cu"
-    source.write_text(text)
+@cache
+def _version() -> str:
+    return subprocess.run([str(NVCC), "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def _report(folder: Path, text: str, architectures: tuple[int, ...], *flags: str) -> str:
+    """What nvcc says, which must succeed; kept, so that it is asked once per content of sources, flags and compiler."""
     command = [str(NVCC), "-std=c++17", "-O3", "--threads", "2", "-Werror", "all-warnings", "-Xptxas", "-v"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    command += [f"-I{HEADERS}", "-c", str(source), *flags]
-    done = subprocess.run([*command, "-o", str(folder / "kernels.o")], capture_output=True, text=True, timeout=115)
+    command += flags
+    digest = hashlib.sha256("\0".join([*command, text, _version()]).encode())
+    for header in sorted(HEADERS.iterdir()):
+        digest.update(header.read_bytes() + b"\0")
+    kept = cache_dir() / "tests" / f"nvrar-nvcc-{digest.hexdigest()[:16]}.txt"
+    if kept.exists():
+        return kept.read_text()
+    source = folder / "kernels.cu"
+    source.write_text(text)
+    command += [f"-I{HEADERS}", "-c", str(source), "-o", str(folder / "kernels.o")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=115)
     report = done.stdout + done.stderr
     assert done.returncode == 0, report
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    draft = kept.with_suffix(f".{os.getpid()}")
+    draft.write_text(report)
+    draft.replace(kept)
+    return report
+
+
+def _compile(folder: Path, text: str, architectures: tuple[int, ...], *flags: str) -> list[tuple[int, ...]]:
+    """(architecture, stack, spill stores, spill loads, registers) of each function that is called from the host."""
+    report = _report(folder, text, architectures, *flags)
     pattern = (
         r"entry function \'\S*all_reduce\S*\' for \'sm_(\d+)\'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+)"

@@ -11,7 +11,10 @@ import pytest
 from tests.kernels.nvrar.build import ADDRESS, STRICT, THREAD, build, cxx, run
 from tests.kernels.nvrar.mutants import MUTANTS, Mutant, caught, program_of
 
-pytestmark = pytest.mark.skipif(cxx() is None, reason="no C++ compiler; install g++ or set CXX")
+pytestmark = [
+    pytest.mark.skipif(cxx() is None, reason="no C++ compiler; install g++ or set CXX"),
+    pytest.mark.timeout(280),  # the first test waits for the compiler: two CPU minutes where nothing is in the cache
+]
 
 PLAIN = ("-O1", *STRICT)
 

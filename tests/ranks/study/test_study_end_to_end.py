@@ -97,7 +97,7 @@ def test_two_records_are_explained_and_told_apart(near: tuple[str, Path]) -> Non
     _, file = near
     # Two nodes with a slow network in between: what that changes is the all-reduce between nodes.
     far = file.parent / "far.json"
-    fabric = {"YALIS_EMULATED_FABRIC": "alpha_s=0.01"}
+    fabric = {"YALIS_EMULATED_FABRIC": "alpha_s=0.004"}
     yalis(*BENCH, "--ranks-per-node", "1", "--all-reduce", "rd", "--output-json", far, env=fabric)
     for record in (file, far):
         assert abs(explain(read_record(record), "").unaccounted_share) < 0.03
