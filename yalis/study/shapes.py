@@ -124,20 +124,22 @@ _CPU = Models(
 )
 # The host schedules one step ahead and takes 0.2 to 0.5 ms for it (two H100 of a host, TP 1 and 2): a step that is to
 # tell what layers or their weights cost has to outlast that, so the shallow, the wide and the attending models have
-# many. A prompt's kernels are launched one by one, so what its arrival costs is told by a model of few. The wide one
-# has 482 MB a layer and 5.8 GB in all: the engine tunes its products on two ranks as well, and a layer's prefill
-# outlasts its launch. The sizes are no well-known model's. Prompts of the attending models are long, because a short
-# one takes no longer than its launch.
+# many; not too many, because a graph of a thousand kernels takes longer for each of them (64 layers 16 us each, 160
+# layers 24). What a sequence costs is told by 32, because kernels for one row are others than those for a few. A prompt's
+# kernels are launched one by one, so what its arrival costs is told by a model of few layers. The wide one has 482 MB a
+# layer and 5.8 GB in all: the engine tunes its products on two ranks as well, and a layer's prefill outlasts its launch.
+# The sizes are no well-known model's. Prompts of the attending models are long, because a short one takes no longer than
+# its launch.
 _CUDA = Models(
     sizes={
         "brief": {},
-        "shallow": {"num_hidden_layers": 64},
-        "deep": {"num_hidden_layers": 160},
-        "words": {"num_hidden_layers": 64, "vocab_size": 65536},
+        "shallow": {"num_hidden_layers": 24},
+        "deep": {"num_hidden_layers": 64},
+        "words": {"num_hidden_layers": 24, "vocab_size": 65536},
         "wide": _wide(5120, 12288, 12, 32, 128),
         **_attending(32, 128, 32, (1, 4)),
     },
-    tiny=(Run(1, 16, 129), Run(8, 16, 129)),
+    tiny=(Run(1, 16, 129), Run(32, 16, 129)),
     arrival="brief",
     wide=(
         Run(1, 128, 65),

@@ -230,8 +230,9 @@ class LayoutFit:
 
     def overheads(self) -> None:
         """Layers, steps, sequences, logits and arrivals from the tiny models."""
-        one, eight = self.models.tiny
-        run = one if self.flying == 1 else eight
+        one, many = self.models.tiny
+        more = many.batch - one.batch
+        run = one if self.flying == 1 else many
 
         def with_(name: str, value: float) -> Rates:
             changed: dict[str, Any] = {name: _plain(value)}
@@ -249,11 +250,11 @@ class LayoutFit:
             ),
         )
         if self.like is None:
-            per = (self.measured("shallow", eight, "step") - self.measured("shallow", one, "step")) / 7
-            self.rates = with_("sequence_s", max(0.0, per - self._growth(one, eight) / 7))
-            logits = self.measured("words", eight, "step") - self.measured("words", one, "step") - 7 * per
-            more = 7 * (self._model("words").vocab_size - self._model("shallow").vocab_size) / self.layout.tp
-            self.rates = with_("logit_s", max(0.0, logits / more))
+            grown = self.measured("shallow", many, "step") - self.measured("shallow", one, "step")
+            self.rates = with_("sequence_s", max(0.0, (grown - self._growth(one, many)) / more))
+            logits = self.measured("words", many, "step") - self.measured("words", one, "step") - grown
+            words = self._model("words").vocab_size - self._model("shallow").vocab_size
+            self.rates = with_("logit_s", max(0.0, logits / (more * words / self.layout.tp)))
         step = self.measured("shallow", run, "step")
         self.rates = with_(
             "step_s", solve(lambda x: self.step_s("shallow", run, with_("step_s", x)), step, _OVERHEAD_S)
@@ -265,9 +266,9 @@ class LayoutFit:
                 "arrival_s", solve(lambda x: self.first_s(shape, one, with_("arrival_s", x)), first, _OVERHEAD_S)
             )
 
-    def _growth(self, one: Run, eight: Run) -> float:
+    def _growth(self, one: Run, many: Run) -> float:
         """What the model already knows of the difference between two batches: attention, all-reduces."""
-        return self.step_s("shallow", eight, self.rates) - self.step_s("shallow", one, self.rates)
+        return self.step_s("shallow", many, self.rates) - self.step_s("shallow", one, self.rates)
 
     def products(self) -> None:
         """Seconds per weight byte by rows from the wide model; decode steps first, prefills where no step has the rows.
