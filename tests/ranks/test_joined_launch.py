@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from tests.support.checkpoints import DEMO
-from tests.support.ranks import run_ranks
+from tests.support.ranks import ROOT, run_ranks
 
 OPTIONS: dict[str, Any] = {"tensor_parallel_size": 2, "max_model_len": 256, "dtype": "float32", "cpu_threads": 1}
 # For two ranks to import torch and load the demo model on a busy machine.
@@ -132,3 +134,35 @@ def test_a_missing_tokenizer_is_told_to_every_rank(tmp_path: Path) -> None:
     kind, told = second.value
     assert kind == "PeerLostError"
     assert "rank 0" in told and "was lost: raised CheckpointError: " in told and words.splitlines()[0][:60] in told
+
+
+# ---- again ----------------------------------------------------------------------------------------------------------
+
+TWICE = """
+import sys
+from yalis import LLM, SamplingParams
+
+found = []
+for _ in range(3):
+    with LLM(sys.argv[1], tensor_parallel_size=2, max_model_len=64, dtype="float32", cpu_threads=1) as llm:
+        (output,) = llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
+    found.append(output.outputs[0].token_ids)
+assert found[0] == found[1] == found[2] and len(found[0]) == 4, found
+print("three times")
+"""
+
+
+def test_one_engine_after_the_other_under_torchrun(tmp_path: Path) -> None:
+    """The agent's store outlives each of them, and with it what the ranks told each other the time before."""
+    script = tmp_path / "twice.py"
+    script.write_text(TWICE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    done = subprocess.run(
+        [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script), str(DEMO)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("three times") == 2

@@ -75,12 +75,13 @@ def init_distributed(
             address, port = rendezvous(env)
             where = f"{address}:{port}"
             if launcher(env) == "torchrun":
-                # torch's own reading knows about the elastic agent's store, which already listens on that port
-                dist.init_process_group(
-                    backend, init_method="env://", rank=topology.rank, world_size=topology.world_size, timeout=timeout
-                )
-                return
-            store = _c10d.TCPStore(address, port, topology.world_size, topology.rank == 0, timeout=timeout)
+                # torch's own reading knows about the elastic agent's store, which already listens on that port. It
+                # outlives the group: whoever comes back finds the addresses of the time before, unless each time has
+                # keys of its own.
+                agents = next(iter(_c10d.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout)))[0]
+                store = _c10d.PrefixStore(f"yalis/{agents.add(f'yalis/times/{topology.rank}', 1)}", agents)
+            else:
+                store = _c10d.TCPStore(address, port, topology.world_size, topology.rank == 0, timeout=timeout)
         dist.init_process_group(
             backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
         )
