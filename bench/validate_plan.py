@@ -145,11 +145,12 @@ def measure(
         out = Path(folder) / "record.json"
         command = [sys.executable, "-m", "yalis", "bench", "latency", "--model", cell["model"], "--device", device]
         command += ["--load-format", "dummy", "--tp", str(cell["tp"]), "--pp", str(cell["pp"])]
+        command += ["--all-reduce", cell["option"]]
         if device == "cpu":
             command += ["--max-model-len", str(grid.input_len + grid.output_len), "--batch-size", str(cell["batch"])]
             command += ["--input-len", str(grid.input_len), "--output-len", str(grid.output_len)]
         else:
-            command += ["--table", "--max-model-len", "4096", "--all-reduce", cell["option"]]
+            command += ["--table", "--max-model-len", "4096"]
         command += ["--num-iters", str(iters), "--num-iters-warmup", "1", "--output-json", str(out)]
         try:
             subprocess.run(command, cwd=ROOT, check=True, timeout=limit_s, capture_output=True, text=True)

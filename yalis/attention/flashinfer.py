@@ -6,7 +6,8 @@ steps of fixed size that happens in `FlashInferBackend.renew`, before each repla
 
 Two hazards. The host plans one step ahead, so the package's own pinned buffer would be overwritten before the copy of
 the plan before has read it: plans take turns over buffers whose copies have ended (`_PinnedTurns`). And a copy from
-pageable memory would wait for everything enqueued before it: whatever is handed to the package is pinned.
+pageable memory would wait for everything enqueued before it: whatever is handed to the package is pinned. (It makes one
+of its own where decode runs outside of graphs with grouped heads.)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from yalis.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, LayerKV
 from yalis.errors import ConfigError, EngineDeadError
-from yalis.utils.packing import Layout, host_buffer
+from yalis.utils.packing import pinned
 
 _cuda: Any = torch.cuda  # its type information lacks the events' methods
 
@@ -110,7 +111,8 @@ class FlashInferBackend(AttentionBackend):
                 "`pip install flashinfer-python`, or use attention_backend='triton'"
             ) from error
         self._spec = spec
-        self._workspace = torch.zeros(_workspace_bytes(spec), dtype=torch.uint8, device=spec.device)
+        self._sms = torch.cuda.get_device_properties(spec.device).multi_processor_count
+        self._workspace = torch.zeros(self._workspace_bytes(), dtype=torch.uint8, device=spec.device)
         # What a replay reads is copied on the same stream before it, so the plans of all sizes share their place. Those
         # of different windows do not: they are valid at the same time.
         self._integers: dict[tuple[bool, int], torch.Tensor] = {}
@@ -127,8 +129,12 @@ class FlashInferBackend(AttentionBackend):
     def plan_fixed(self, batch: AttentionBatch) -> FlashInferPlan:
         """See `yalis.attention.base.AttentionBackend.plan_fixed`."""
         size, columns = batch.block_table.shape
+        # Wrappers keep what they were given before.
         if self._buffers is None or not self._buffers.holds(size, columns):
-            self._buffers = _PageBuffers(size, columns, self._spec.device)  # wrappers keep what they were given before
+            self._buffers = _PageBuffers(size, columns, self._spec.device)
+        needed = self._workspace_bytes(size)
+        if needed > len(self._workspace):
+            self._workspace = torch.zeros(needed, dtype=torch.uint8, device=self._spec.device)
         return FlashInferPlan(batch, decode=True, fixed=True, lengths=[1] * size)
 
     def renew(self, plan: FlashInferPlan, seq_lens_host: Sequence[int]) -> None:
@@ -160,6 +166,10 @@ class FlashInferBackend(AttentionBackend):
         out: torch.Tensor = wrapper.run(q, (kv.k, kv.v))
         return out
 
+    def _workspace_bytes(self, batch: int = 0) -> int:
+        spec = self._spec
+        return workspace_bytes(spec.num_heads, spec.num_kv_heads, spec.head_dim, self._sms, batch)
+
     def _plan_wrapper(self, wrapper: Any, plan: FlashInferPlan, left: int) -> None:
         """Enqueue the copies of a plan for ``plan.lengths``."""
         spec, batch = self._spec, plan.batch
@@ -168,7 +178,7 @@ class FlashInferBackend(AttentionBackend):
         if not plan.decode:
             arrays["query_start"] = _starts(np.asarray(batch.query_lens_host, np.int32))
             arrays["seq_lens"] = np.asarray(plan.lengths, np.int32)  # which it would copy from pageable memory
-        host = _pinned(arrays, spec.device)
+        host = pinned(arrays, spec.device)
         listed = batch.block_table.reshape(-1).index_select(0, host["where"].to(spec.device, non_blocking=True))
         lengths = (host["page_start"], listed, host["last_page"])
         heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
@@ -265,20 +275,21 @@ class _Turn:
         self.ended.append((self.buffer, self.event))
 
 
-def _pinned(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """The arrays side by side in pinned memory."""
-    layout = Layout({name: (array.shape, array.dtype) for name, array in arrays.items()})
-    buffer = host_buffer(layout.nbytes, device)
-    for name, view in layout.arrays(buffer).items():
-        view[...] = arrays[name]
-    return layout.tensors(buffer)
+def workspace_bytes(num_heads: int, num_kv_heads: int, head_dim: int, sms: int, batch: int = 0) -> int:
+    """Bytes for float32 partial results, of which the package holds one and its weight for each row of a padded tile.
 
-
-def _workspace_bytes(spec: AttentionSpec) -> int:
-    """Float32 results of every tile that the package splits a step into, for all query heads of a rank."""
-    tiles = _TILES_PER_SM * torch.cuda.get_device_properties(spec.device).multi_processor_count
-    group = spec.num_heads // spec.num_kv_heads
-    return max(_LEAST_WORKSPACE, group * tiles * _TILE_ROWS * spec.head_dim * 4 + _WORKSPACE_SLACK)
+    Args:
+        num_heads, num_kv_heads: of a rank.
+        sms: multiprocessors.
+        batch: largest decode step that a graph holds; there every row has a tile, however few are split. 0: none.
+    """
+    group = num_heads // num_kv_heads
+    tiles = _TILES_PER_SM * sms // num_kv_heads
+    most = tiles * _TILE_ROWS
+    if group > 1:  # without groups its graphs hold other kernels, which need next to nothing
+        rows = 16 if group <= 16 else 64 if group <= 64 or head_dim >= 256 else _TILE_ROWS
+        most = max(most, (-(-batch * group // rows) + batch) * rows)
+    return max(_LEAST_WORKSPACE, num_heads * most * (head_dim + 1) * 4 + _WORKSPACE_SLACK)
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--all-reduce",
         metavar="NAMES",
-        help="on GPUs without a launcher, only these of nccl (needed), nvrar, symm_mem; default: all that serve",
+        help="on GPUs, only these of nccl (needed), nvrar, symm_mem; default: all that serve",
     )
     parser.add_argument("--quick", action="store_true", help="fewer repeats and smaller messages: a look, not a result")
     parser.add_argument(
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if is_launched(os.environ):
         if args.emulate:
             raise ConfigError("--emulate needs ranks that are started here; run it without a launcher")
-        found = calibrate_launched(name, device=device, much=much, say=say)
+        found = calibrate_launched(name, device=device, much=much, say=say, only=only)
         if found is None:
             return 0
     else:

@@ -77,7 +77,8 @@ def init_distributed(
             if launcher(env) == "torchrun":
                 # torch's own reading knows about the elastic agent's store, which already listens on that port. It
                 # outlives the group: whoever comes back finds the addresses of the time before, unless each time has
-                # keys of its own.
+                # keys of its own. Ranks count by themselves: where only some of them come back (a retry on one rank, a
+                # restart by torchrun after one had not come this far), they wait out the timeout.
                 agents = next(iter(_c10d.rendezvous("env://", topology.rank, topology.world_size, timeout=timeout)))[0]
                 store = _c10d.PrefixStore(f"yalis/{agents.add(f'yalis/times/{topology.rank}', 1)}", agents)
             else:

@@ -132,6 +132,13 @@ def groups_of(max_ranks: int, device: str, product_rounds: int, only: Sequence[s
     return found
 
 
+def launched_group(world: int, per_node: int, device: str, product_rounds: int, only: Sequence[str] = ()) -> Group:
+    """The sweep of a launcher's whole world; ``only`` as in `groups_of`."""
+    inside = ("shm", "torch") if world == per_node else ("rd", "torch")
+    algorithms = inside if device == "cpu" else tuple(only) or GPU_ALL_REDUCES
+    return Group(world, per_node, algorithms, True, product_rounds, norms=device == "cuda")
+
+
 def layouts_of(max_ranks: int, device: str) -> list[Layout]:
     """Layouts whose steps are measured: TP over 1, 2, 4, ... ranks; on CPU ranks, also two stages of half as many."""
     counts = [n for n in (1, 2, 4, 8) if n <= max_ranks]
@@ -189,8 +196,13 @@ def calibrate(
     return describe_measured(host, sweeps, steps, say), _raw(sweeps, steps)
 
 
-def calibrate_launched(name: str, *, device: str, much: Effort, say: Say) -> tuple[str, dict[str, Any]] | None:
+def calibrate_launched(
+    name: str, *, device: str, much: Effort, say: Say, only: Sequence[str] = ()
+) -> tuple[str, dict[str, Any]] | None:
     """The same as one rank of a launcher's world, which is then the only group; None on ranks other than 0.
+
+    Args:
+        only: these of GPUs' all-reduces; empty: all.
 
     Raises:
         ConfigError: a pipeline or a single GPU cannot be measured so.
@@ -199,12 +211,10 @@ def calibrate_launched(name: str, *, device: str, much: Effort, say: Say) -> tup
 
     topology = from_environment(os.environ)
     world, per_node = topology.world_size, topology.ranks_per_node
-    inside = ("shm", "torch") if topology.num_nodes == 1 else ("rd", "torch")
-    algorithms = inside if device == "cpu" else GPU_ALL_REDUCES
-    group = Group(world, per_node, algorithms, True, much.product_rounds, norms=device == "cuda")
+    group = launched_group(world, per_node, device, much.product_rounds, only)
     if topology.rank:
         say = _silent
-    say(f"{world} ranks on {topology.num_nodes} node(s): {', '.join(algorithms)}, products")
+    say(f"{world} ranks on {topology.num_nodes} node(s): {', '.join(group.algorithms)}, products")
     args = sweep.parse(_options(group, device, much.iters, 256, much.high, False, much.quick))
     found = sweep.measure(args)
     steps = measure_layouts([Layout(world, 1, topology.num_nodes)], device, much, say)

@@ -14,6 +14,7 @@ import numpy as np
 
 from yalis.study.cluster import Constant, Rates
 from yalis.study.fit import Segment, fit_segments, isotonic, trimmed_mean
+from yalis.study.shapes import models_of
 from yalis.study.sweep import products_of
 from yalis.utils.machine import cpu_model, git_commit, versions
 
@@ -219,6 +220,8 @@ def _device(sweeps: Sequence[Sweep], rates: Rates, here: str) -> list[str]:
     flops = [2 * rows / 2 / column[-1] for column in (multiplies[1], multiplies[3], multiplies[2])]
     share = min(1.0, 4 / (max(rates.pair_s.value, 1e-18) * flops[0]))
     step, layer, sequence = rates.step_s, rates.layer_s, rates.sequence_s
+    one, many = models_of(sweep.get("device", "cpu")).tiny
+    batches = f"{here}: batch {many.batch} and {one.batch}"
     return [
         f"memory_bytes_per_s = {constant(bandwidth[0], 'measured', here + ': products of one row', *bandwidth[1:])}",
         f"flops_per_s = {constant(flops[0], 'measured', f'{here}: products of {rows:g} rows', *flops[1:])}",
@@ -226,7 +229,7 @@ def _device(sweeps: Sequence[Sweep], rates: Rates, here: str) -> list[str]:
         f"kernel_s = {constant(layer.value, 'fitted', here + ': two depths, a whole layer', layer.low, layer.high)}",
         f"kernels_per_layer = {constant(1, 'measured', 'kernel_s is a whole layer')}",
         f"step_s = {constant(step.value, 'fitted', here + ': a step without layers', step.low, step.high)}",
-        f"sequence_s = {constant(sequence.value, 'fitted', here + ': batch 8 and 1', sequence.low, sequence.high)}",
+        f"sequence_s = {constant(sequence.value, 'fitted', batches, sequence.low, sequence.high)}",
         f"pass_s = {constant(0.0, 'measured', 'in step_s')}",
     ]
 

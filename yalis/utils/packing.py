@@ -83,8 +83,19 @@ def send(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, to
     """The arrays as tensors on ``device``: in one asynchronous copy to a GPU; on the CPU without any copy."""
     if device.type == "cpu" or not arrays:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    layout, buffer = _side_by_side(arrays, device)
+    return layout.tensors(buffer.to(device, non_blocking=True))
+
+
+def pinned(arrays: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """The arrays as host tensors that ``device`` can be sent without a wait; pinned where it is a GPU."""
+    layout, buffer = _side_by_side(arrays, device)
+    return layout.tensors(buffer)
+
+
+def _side_by_side(arrays: Mapping[str, np.ndarray], device: torch.device) -> tuple[Layout, torch.Tensor]:
     layout = Layout({name: (array.shape, array.dtype) for name, array in arrays.items()})
     buffer = host_buffer(layout.nbytes, device)
     for name, view in layout.arrays(buffer).items():
         view[...] = arrays[name]
-    return layout.tensors(buffer.to(device, non_blocking=True))
+    return layout, buffer

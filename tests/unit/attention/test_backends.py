@@ -132,3 +132,16 @@ def test_flashinfer_pages(seq_lens: list[int]) -> None:
         assert (len(mine) - 1) * size + pages.last_page[row] == length
         assert 1 <= pages.last_page[row] <= size
     assert pages.page_start[-1] == len(listed)
+
+
+def test_flashinfer_workspace() -> None:
+    """What version 0.6.13 asks for on 132 multiprocessors (attention/scheduler.cuh, PrefillPlan with graphs)."""
+    from yalis.attention.flashinfer import workspace_bytes
+
+    mib = 1 << 20
+    assert workspace_bytes(32, 32, 128, 132, 512) == 128 * mib  # no groups: the least
+    for heads, kv_heads, batch, asked in ((64, 8, 256, 192), (32, 8, 512, 160), (32, 4, 512, 193)):
+        found = workspace_bytes(heads, kv_heads, 128, 132, batch)
+        assert asked * mib <= found <= (asked + 20) * mib
+    # A prefill of the longest tiles, whatever the batch.
+    assert workspace_bytes(64, 8, 128, 132) >= 64 * 33 * 128 * 129 * 4

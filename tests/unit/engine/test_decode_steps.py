@@ -21,7 +21,7 @@ from yalis.engine.sampling_params import SamplingParams
 from yalis.engine.scheduler import ScheduledSequence, ScheduledStep
 from yalis.engine.start import start_rank
 from yalis.kvcache.block_manager import BlockTable
-from yalis.utils.packing import Layout, send
+from yalis.utils.packing import Layout, pinned, send
 
 CPU = torch.device("cpu")
 
@@ -62,8 +62,8 @@ def test_send_gives_the_same_values():
     import numpy as np
 
     arrays = {"x": np.arange(5), "y": np.ones((2, 2), np.float32)}
-    found = send(arrays, CPU)
-    assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in arrays.items()}
+    for found in (send(arrays, CPU), pinned(arrays, CPU)):
+        assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in arrays.items()}
 
 
 def test_the_copies_of_all_kinds_have_a_place():

@@ -17,7 +17,7 @@ from yalis.comm.communicator import Communicator
 from yalis.comm.topology import Topology
 from yalis.errors import ConfigError
 from yalis.study import sweep
-from yalis.study.calibrate import groups_of
+from yalis.study.calibrate import groups_of, launched_group
 from yalis.study.sweep import IN_GRAPH, ONE_BY_ONE, ProductTimer, Reducer, chain_length, products_of, rows_of
 
 
@@ -171,6 +171,10 @@ def test_gpus_are_swept_with_norms_and_only_with_what_is_asked_for() -> None:
     assert (two.algorithms, two.norms, two.ping_pong) == (("nccl", "nvrar", "symm_mem"), True, True)
     assert groups_of(2, "cuda", 5, ("nccl",))[1].algorithms == ("nccl",)
     assert not any(group.norms for group in groups_of(4, "cpu", 5))
+    world = launched_group(16, 8, "cuda", 5, ("nccl", "nvrar"))
+    assert (world.algorithms, world.norms, world.ping_pong) == (("nccl", "nvrar"), True, True)
+    assert launched_group(16, 8, "cuda", 5).algorithms == ("nccl", "nvrar", "symm_mem")
+    assert [launched_group(4, n, "cpu", 5).algorithms for n in (4, 2)] == [("shm", "torch"), ("rd", "torch")]
     assert calibrate_command._only("nccl,nvrar", "cuda") == ("nccl", "nvrar")
     for names, device in (("nvrar", "cuda"), ("nccl,mpi", "cuda"), ("nccl", "cpu")):
         with pytest.raises(ConfigError, match="--all-reduce"):

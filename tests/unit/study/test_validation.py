@@ -131,3 +131,19 @@ def test_one_engine_measures_all_batches_of_a_table(bench: ModuleType, monkeypat
     assert (args.table, args.num_iters) == (True, 3)
     options = engine_options(args)
     assert (options["all_reduce"], options["tensor_parallel_size"], options["device"]) == ("nccl", 2, "cuda")
+
+
+def test_cells_of_a_cpu_are_measured_with_the_all_reduce_of_their_prediction(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+
+    def run(command: list[str], **_: Any) -> None:
+        commands.append(command)
+        Path(command[command.index("--output-json") + 1]).write_text('{"samples": {"first_s": [1.0], "step_s": [2.0]}}')
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    for option in ("rd", "auto"):
+        cell = {"cell": {"model": "m", "tp": 2, "pp": 1, "batch": 8, "option": option}}
+        assert bench.measure(cell, ["cell"], "cpu", 3, 60.0) == {"cell": {"ttft_s": [1.0], "tpot_s": [2.0]}}
+        assert commands[-1][commands[-1].index("--all-reduce") + 1] == option
