@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 
-import numpy as np
 import pytest
 import torch
 
@@ -114,34 +113,3 @@ def test_unknown_and_unfit_names() -> None:
 def test_flashinfer_absent_says_what_to_install() -> None:
     with pytest.raises(ConfigError, match="pip install flashinfer-python"):
         create_backend("flashinfer", spec(torch.device("cuda"), torch.bfloat16))
-
-
-@pytest.mark.parametrize("seq_lens", [[1], [4, 1, 5, 8, 13], [16, 16]])
-def test_flashinfer_pages(seq_lens: list[int]) -> None:
-    """Each sequence's pages, in order and without holes, out of a table with room for four each."""
-    from yalis.attention.flashinfer import pages_of
-
-    size, columns = 4, 4
-    table = np.arange(100, 100 + len(seq_lens) * columns).reshape(-1, columns)
-    pages = pages_of(seq_lens, size, columns)
-    listed = table.reshape(-1)[pages.where]
-    assert (pages.page_start[0], pages.page_start.dtype, pages.last_page.dtype) == (0, np.int32, np.int32)
-    for row, length in enumerate(seq_lens):
-        mine = listed[pages.page_start[row] : pages.page_start[row + 1]]
-        assert mine.tolist() == table[row, : -(-length // size)].tolist()
-        assert (len(mine) - 1) * size + pages.last_page[row] == length
-        assert 1 <= pages.last_page[row] <= size
-    assert pages.page_start[-1] == len(listed)
-
-
-def test_flashinfer_workspace() -> None:
-    """What version 0.6.13 asks for on 132 multiprocessors (attention/scheduler.cuh, PrefillPlan with graphs)."""
-    from yalis.attention.flashinfer import workspace_bytes
-
-    mib = 1 << 20
-    assert workspace_bytes(32, 32, 128, 132, 512) == 128 * mib  # no groups: the least
-    for heads, kv_heads, batch, asked in ((64, 8, 256, 192), (32, 8, 512, 160), (32, 4, 512, 193)):
-        found = workspace_bytes(heads, kv_heads, 128, 132, batch)
-        assert asked * mib <= found <= (asked + 20) * mib
-    # A prefill of the longest tiles, whatever the batch.
-    assert workspace_bytes(64, 8, 128, 132) >= 64 * 33 * 128 * 129 * 4
