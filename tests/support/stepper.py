@@ -74,6 +74,11 @@ class Stepper:
         Returns:
             [len(tokens), vocab shard] logits of each of those sequences.
         """
+        logits = self.stages[-1].logits(self.hidden(tokens))
+        return dict(zip(tokens, logits.split([len(new) for new in tokens.values()]), strict=True))
+
+    def hidden(self, tokens: dict[int, list[int]], rows: list[int] | None = None) -> torch.Tensor:
+        """Append ``tokens``; the final hidden states [R, H] of ``rows`` of the ragged batch, by default all."""
         ids, positions, slots, query_lens, seq_lens = [], [], [], [], []
         for sequence, new in tokens.items():
             start = self.lengths[sequence]
@@ -95,11 +100,15 @@ class Stepper:
         hidden = None
         for stage, kv in zip(self.stages, self.kv, strict=True):
             hidden = stage.forward(
-                torch.tensor(ids), torch.tensor(positions), hidden, kv, stage.context.attention.plan(batch)
+                torch.tensor(ids),
+                torch.tensor(positions),
+                hidden,
+                kv,
+                stage.context.attention.plan(batch),
+                None if rows is None else torch.tensor(rows, dtype=torch.int64),
             )
         assert hidden is not None
-        logits = self.stages[-1].logits(hidden)
-        return dict(zip(tokens, logits.split(query_lens), strict=True))
+        return hidden
 
 
 def logprobs(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:

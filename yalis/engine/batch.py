@@ -37,6 +37,7 @@ class ForwardBatch:
         positions: [T] int64.
         attention: which rows belong to which sequence and where their K and V go.
         sample_rows: [S] int64, rows whose logits are sampled, in step order.
+        only_samples: nothing but ``sample_rows`` of the last stage's hidden states is read, and that is not all of them.
         sample_slots: [S] int64, slots of the sequences that sample.
         samplers: the S scheduled ranges that sample.
         prompt_rows: ranges that have prompt tokens to score.
@@ -47,6 +48,7 @@ class ForwardBatch:
     positions: torch.Tensor
     attention: AttentionBatch
     sample_rows: torch.Tensor
+    only_samples: bool
     sample_slots: torch.Tensor
     samplers: list[ScheduledSequence]
     prompt_rows: list[PromptRows]
@@ -136,6 +138,7 @@ def prepare_batch(
             seq_lens_host=seq_lens,
         ),
         sample_rows=on_device["sample_rows"],
+        only_samples=not prompt_rows and len(sample_rows) < total,
         sample_slots=on_device["sample_slots"],
         samplers=samplers,
         prompt_rows=prompt_rows,

@@ -289,7 +289,8 @@ class Runner:
             hidden_in = torch.zeros(shape, dtype=self.resolved.dtype, device=self.device)
         token_ids = batch.token_ids if self.is_first_stage else None
         plan = self.attention.plan(batch.attention)
-        hidden = self.model.forward(token_ids, batch.positions, hidden_in, self.kv, plan)
+        rows = batch.sample_rows if batch.only_samples else None
+        hidden = self.model.forward(token_ids, batch.positions, hidden_in, self.kv, plan, rows)
         if self.is_last_stage:
             self._sample(batch, hidden)
 
@@ -367,9 +368,9 @@ class Runner:
         if not self.is_first_stage:
             hidden_in = self._receive_hidden(step.num_tokens)
         with self._timed_forward(pending), span(f"yalis.forward[{step.num_tokens} tokens]"):
-            hidden = self.model.forward(
-                batch.token_ids if self.is_first_stage else None, batch.positions, hidden_in, self.kv, plan
-            )
+            token_ids = batch.token_ids if self.is_first_stage else None
+            rows = batch.sample_rows if batch.only_samples else None
+            hidden = self.model.forward(token_ids, batch.positions, hidden_in, self.kv, plan, rows)
             if self.is_last_stage:
                 pending.sampled = self._sample(batch, hidden)
         self._hand_on(pending, hidden)
@@ -523,9 +524,10 @@ class Runner:
     # ---- sampling ---------------------------------------------------------------------------------------------
 
     def _sample(self, batch: ForwardBatch, hidden: torch.Tensor) -> Sampled:
+        """Sample from the final ``hidden`` states: of ``batch.sample_rows`` if only they are read, else of all rows."""
         output = None
         if batch.samplers:
-            raw = self.model.raw_logits(hidden[batch.sample_rows])
+            raw = self.model.raw_logits(hidden if batch.only_samples else hidden[batch.sample_rows])
             eos = self.resolved.eos_token_ids
             if self._clock is not None and all(is_plain(item, self.vocab.total, eos) for item in batch.samplers):
                 output = SamplerOutput(self._draw_plain(raw, batch.draw, batch.sample_slots))

@@ -93,22 +93,28 @@ class AttentionBlock:
         self.cos_sin = cos_sin
         self.backend = backend
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> torch.Tensor:
-        """Args:
+    def attend(self, x: torch.Tensor, positions: torch.Tensor, kv: LayerKV, plan: AttentionPlan) -> torch.Tensor:
+        """Everything before the o product.
+
+        Args:
             x: [T, hidden], normed.
             positions: [T] int64.
             kv: pages of this layer; the step's K and V are written to them.
             plan: of the attention backend for this step.
 
         Returns:
-            [T, hidden], this rank's part of the sum.
+            [T, heads of this rank * head_dim].
         """
         # One view and one split instead of slices: each costs about a microsecond of host time.
         q, k, v = self.qkv.forward(x).view(self.fused_shape).split_with_sizes(self.heads, 1)
         norms = (self.norms[0].weight, self.norms[1].weight, self.norms[0].eps) if self.norms else None
         rotation = Rotation(positions, self.cos_sin, norms)
         out = self.backend.rotate_and_forward(q, k, v, rotation, kv, plan, self.window)
-        return self.o.forward(out.view(-1, self.out_size))
+        return out.view(-1, self.out_size)
+
+    def project(self, attended: torch.Tensor) -> torch.Tensor:
+        """The o product: rows of `attend` -> [rows, hidden], this rank's part of the sum."""
+        return self.o.forward(attended)
 
     def slots(self) -> list[Slot]:
         """Weights in the order of use."""

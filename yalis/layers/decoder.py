@@ -74,7 +74,12 @@ class DecoderStack:
         self.tp = tp
 
     def forward(
-        self, residual: torch.Tensor, positions: torch.Tensor, kv: Sequence[LayerKV], plan: Any
+        self,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        kv: Sequence[LayerKV],
+        plan: Any,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the layers.
 
@@ -83,15 +88,24 @@ class DecoderStack:
             positions: [T] int64.
             kv: pages of each layer.
             plan: of the attention backend.
+            rows: [R] int64, the rows that somebody will read; default all. Only heeded on the last stage: behind the
+                last layer's attention, where K and V of all rows are written, nothing reads the others any more.
 
         Returns:
-            [T, hidden]: normed by the final norm on the last stage, else the residual stream.
+            [T or R, hidden]: normed by the final norm on the last stage, else the residual stream.
         """
         tp, layers = self.tp, self.layers
+        last = layers[-1] if self.final_norm is not None and rows is not None else None
         normed = layers[0].input_norm.forward(residual)
         following = [layer.input_norm for layer in layers[1:]] + [self.final_norm]
         for layer, pages, next_norm in zip(layers, kv, following, strict=True):
-            partial = layer.attention.forward(normed, positions, pages, plan)
+            attended = layer.attention.attend(normed, positions, pages, plan)
+            if layer is last:
+                assert rows is not None
+                attended, residual = attended.index_select(0, rows), residual.index_select(0, rows)
+                if not len(rows):
+                    return residual
+            partial = layer.attention.project(attended)
             normed, residual = reduce_and_norm(tp, partial, residual, layer.post_attention_norm, layer.attention_tag)
             partial = layer.mlp.forward(normed)
             if next_norm is None:

@@ -175,6 +175,7 @@ class CausalLM:
         hidden_in: torch.Tensor | None,
         kv: Sequence[LayerKV],
         plan: Any,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run this stage's layers over T tokens.
 
@@ -184,13 +185,14 @@ class CausalLM:
             hidden_in: [T, hidden] from the stage before, else unused; may be overwritten.
             kv: pages of each layer in `layers_of_stage`.
             plan: what the attention backend planned for this step.
+            rows: [R] int64, the rows whose final hidden states are wanted; default all.
 
         Returns:
-            [T, hidden]: on the last stage the final normed hidden states; else the residual stream, which is all that
-            the next stage needs.
+            on the last stage [R, hidden], the final normed hidden states of ``rows``; else [T, hidden], the residual
+            stream, which is all that the next stage needs.
         """
         residual = self._embedding.forward(token_ids) if self._first else hidden_in  # type: ignore[arg-type]
-        return self._stack.forward(residual, positions, kv, plan)  # type: ignore[arg-type]
+        return self._stack.forward(residual, positions, kv, plan, rows)  # type: ignore[arg-type]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden] of the last stage -> [R, vocab_shard_size] float32; column c is token ``vocab_start + c``."""

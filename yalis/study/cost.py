@@ -146,6 +146,12 @@ def layer_weight_bytes(model: ModelConfig, tp: int) -> float:
     return (attention + mlp) * element_bytes(model)
 
 
+def weight_bytes_behind_attention(model: ModelConfig, tp: int) -> float:
+    """Of `layer_weight_bytes`, the o product and the MLP."""
+    per_column = model.num_heads / tp * model.head_dim + 3 * model.intermediate_size / tp
+    return model.hidden_size * per_column * element_bytes(model)
+
+
 def head_bytes(model: ModelConfig, tp: int) -> float:
     """Bytes of the logits' matrix on a rank (the embedding's too)."""
     return model.vocab_size * model.hidden_size / tp * element_bytes(model)
@@ -246,14 +252,23 @@ def stage_terms(
     # Without measurements a shared device is taken to be divided evenly among the ranks at work, cores first.
     active = flying * tp if device.shared and rates is None else 1
     crowd = max(1.0, active / device.cores)
-    gemm = layers * weight_s(cluster, rates, step.rows, layer_weight_bytes(model, tp), itemsize)
     last = stage == layout.pp - 1
+    # Behind the last layer's attention only the sampled rows go on (`yalis.layers.decoder.DecoderStack`).
+    passes = [(layers, step.rows)]
+    if last and step.sampled < step.rows:
+        passes = [(layers - 1, step.rows), (1, step.sampled)]
+    behind = weight_bytes_behind_attention(model, tp)
+    gemm = layers * weight_s(cluster, rates, step.rows, layer_weight_bytes(model, tp) - behind, itemsize)
     if last:
         gemm += weight_s(cluster, rates, step.sampled, head_bytes(model, tp), itemsize)
     attention = layers * attention_s(cluster, rates, model, tp, step)
-    reductions = 2 * layers
-    choice = all_reduce(cluster, algorithm, message_bytes(model, step.rows), tp, layout.tp_nodes, norm=True)
-    moved = layers * activation_bytes(model, tp, step.rows, norms=not choice.norm)
+    reduced, moved = Terms(), 0.0
+    for count, rows in passes:
+        gemm += count * weight_s(cluster, rates, rows, behind, itemsize)
+        choice = all_reduce(cluster, algorithm, message_bytes(model, rows), tp, layout.tp_nodes, norm=True)
+        cost = choice.cost
+        reduced += Terms(intra_s=cost.intra_s, inter_s=cost.inter_s, flat_s=cost.flat_s).scaled(2 * count)
+        moved += count * activation_bytes(model, tp, rows, norms=not choice.norm)
     if rates is None:
         launch = layers * device.kernels_per_layer.value * device.kernel_s.value * crowd
         other = moved / device.memory_bytes_per_s.value * active + device.pass_s.value
@@ -263,12 +278,9 @@ def stage_terms(
         other = moved / rates.bytes_per_s
         other += step.sampled * model.vocab_size / tp * rates.logit_s.value if last else 0.0
         host = rates.step_s.value + step.sequences * rates.sequence_s.value
-    return Terms(
+    return reduced + Terms(
         gemm_s=gemm * active,
         attention_s=attention * active,
-        intra_s=reductions * choice.cost.intra_s,
-        inter_s=reductions * choice.cost.inter_s,
-        flat_s=reductions * choice.cost.flat_s,
         launch_s=launch,
         host_s=host,
         other_s=other,

@@ -75,6 +75,17 @@ def test_sequences_of_a_batch_do_not_mix(checkpoint: Checkpoint, backend: str) -
         torch.testing.assert_close(logprobs(torch.cat(got[i]), VOCAB), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_rows_that_nobody_reads_change_nothing(checkpoint: Checkpoint, num_stages: int) -> None:
+    """The last layer leaves them out behind its attention; what is read, now and by later steps, stays as it is."""
+    folder = checkpoint("qwen3")
+    stages = [make_model(folder, stage=i, num_stages=num_stages) for i in range(num_stages)]
+    steps = [{0: PROMPT[:9], 1: PROMPT[3:8]}, {0: PROMPT[9:20], 1: PROMPT[8:9]}, {0: PROMPT[20:21], 1: PROMPT[9:10]}]
+    whole, some = Stepper(stages, num_sequences=2), Stepper(stages, num_sequences=2)
+    for step, rows in zip(steps, ([13, 8], [], [1]), strict=True):
+        assert torch.equal(some.hidden(step, rows), whole.hidden(step)[rows])
+
+
 @pytest.mark.parametrize(
     ("variant", "changes"),
     [
