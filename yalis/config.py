@@ -79,8 +79,10 @@ class EngineConfig:
         compute: ``full``, or ``null``: products and attention take no time and their results mean nothing; collectives,
             shapes and scheduling stay. For measurements.
         overlap_scheduling: schedule one step ahead of the sampled tokens (one pipeline stage only); default on GPUs.
-        enforce_eager: launch every decode step's kernels anew instead of replaying a CUDA graph.
+        enforce_eager: launch every step's kernels anew instead of replaying a CUDA graph.
         max_cudagraph_batch: largest decode batch that gets a CUDA graph; default ``max_num_seqs``, at most 256.
+        max_cudagraph_prefill: tokens of the largest step with prompts that gets a CUDA graph, 0 for none; default 1024,
+            at most ``max_num_batched_tokens``. Longer ones hide their launches.
         seed: seed of dummy weights and of requests without a seed of their own; fits 64 bits with a sign.
         distributed_timeout_s: a rank that is dead or silent for so long ends the run, in seconds; 1 to 1e6.
         cpu_threads: compute threads per CPU rank; default the cores of its share, at least one.
@@ -110,6 +112,7 @@ class EngineConfig:
     overlap_scheduling: bool | None = None
     enforce_eager: bool = False
     max_cudagraph_batch: int | None = None
+    max_cudagraph_prefill: int | None = None
     seed: int = 0
     distributed_timeout_s: float = 30.0
     cpu_threads: int | None = None
@@ -140,11 +143,18 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: "
                 "a decode step needs one token per running request; raise the first or lower the second"
             )
-        if self.enforce_eager and self.max_cudagraph_batch is not None:
+        prefill = self.max_cudagraph_prefill
+        if prefill is not None and not 0 <= prefill <= self.max_num_batched_tokens:
             raise ConfigError(
-                f"enforce_eager with max_cudagraph_batch={self.max_cudagraph_batch}: the first switches graphs off; "
-                "leave one of the two out"
+                f"max_cudagraph_prefill={prefill}: must be at least 0 (no graphs of prompts) and at most "
+                f"max_num_batched_tokens={self.max_num_batched_tokens}"
             )
+        for name in ("max_cudagraph_batch", "max_cudagraph_prefill"):
+            if self.enforce_eager and getattr(self, name):
+                raise ConfigError(
+                    f"enforce_eager with {name}={getattr(self, name)}: the first switches graphs off; leave one of the "
+                    "two out"
+                )
         if self.overlap_scheduling and self.pipeline_parallel_size > 1:
             raise ConfigError(
                 f"overlap_scheduling with pipeline_parallel_size={self.pipeline_parallel_size}: stages in flight "

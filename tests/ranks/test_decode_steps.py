@@ -1,4 +1,4 @@
-"""Decode steps of fixed size over several ranks: what a CUDA graph holds, called instead of captured, on CPU ranks."""
+"""Steps of fixed size over several ranks: what a CUDA graph holds, called instead of captured, on CPU ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from tests.support import hidden_states
 from tests.support.checkpoints import DEMO
+from tests.support.padded_native import pad_native
 from tests.support.ranks import run_ranks
 from yalis.config import EngineConfig
 from yalis.engine.handle import LocalEngine, follow
@@ -20,21 +21,24 @@ KINDS: list[dict[str, Any]] = [
     dict(temperature=1.0, top_p=0.9, seed=4),
     dict(temperature=0.0, repetition_penalty=1.3, logprobs=2),
 ]
+PROMPTS = [[5], [6, 7, 8], list(range(9, 29))]
 
 
 def work(fixed_sizes: int, options: dict[str, Any]) -> Any:
-    """The outputs of a few requests, and on every rank how many decode steps of fixed size there were."""
+    """The outputs of a few requests, and on every rank how many steps of each kind there were."""
     config = EngineConfig(str(DEMO), dtype="float32", device="cpu", max_model_len=64, cpu_threads=1, **options)
     rank = start_rank(config)
     runner = rank.core.runner
     if fixed_sizes:
+        pad_native(runner.attention)
         runner.prepare_decode(fixed_sizes)
+        runner.prepare_prefill(64)
     outputs: Any = []
     if rank.ranks.is_root:
         engine = LocalEngine(rank)
         for number in range(6):
             params = SamplingParams(**KINDS[number % 4], max_tokens=6 + 2 * number, ignore_eos=True, detokenize=False)
-            engine.submit(str(number), [5 + number, 6, 7][: 1 + number % 3], params, stream=False)
+            engine.submit(str(number), PROMPTS[number % 3], params, stream=False)
         done = {}
         while engine.engine.has_unfinished_requests:
             done |= {output.request_id: output for output in engine.poll()}
@@ -43,7 +47,7 @@ def work(fixed_sizes: int, options: dict[str, Any]) -> Any:
     else:
         follow(rank)
     rank.ranks.close()
-    return outputs, runner.counts.decode
+    return outputs, runner.counts
 
 
 @pytest.mark.parametrize(
@@ -62,8 +66,8 @@ def test_fixed_sizes_change_nothing(options: dict[str, Any]) -> None:
     fixed_tokens, fixed_logprobs = zip(*fixed[0][0], strict=True)
     assert fixed_tokens == tokens
     assert fixed_logprobs == logprobs
-    assert [count for _, count in plain] == [0, 0]
-    assert all(count >= 10 for _, count in fixed)
+    assert all((counts.decode, counts.padded) == (0, 0) for _, counts in plain)
+    assert all(counts.decode >= 10 and counts.padded >= 1 and not counts.other for _, counts in fixed)
 
 
 @pytest.mark.parametrize("algorithm", ["nvrar", "shm"])

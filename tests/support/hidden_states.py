@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ import torch
 from tests.support.checkpoints import DEMO
 from yalis.config import EngineConfig
 from yalis.engine.batch import prepare_batch
-from yalis.engine.cuda_graphs import DecodeSteps, StaticOutput, StaticStep
+from yalis.engine.cuda_graphs import GraphMemory
+from yalis.engine.decode_steps import DecodeSteps, StaticOutput, StaticStep
 from yalis.engine.request import Sequence
 from yalis.engine.sampling_params import SamplingParams
 from yalis.engine.scheduler import ScheduledSequence, ScheduledStep
 from yalis.engine.start import start_rank
 from yalis.kvcache.block_manager import BlockTable
+from yalis.utils.packing import send
 
 BATCHES = (1, 8, 32)
 _PROMPT = 20
@@ -54,12 +57,12 @@ def worker(options: dict[str, Any]) -> dict[str, str]:
     assert runner.decode is not None
     steps = DecodeSteps(runner.decode.inputs, body, before=lambda static, lengths: None)
     if runner.device.type == "cuda":
-        steps.capture()
+        steps.capture(GraphMemory(runner.device))
     dice = random.Random(7)
     sequences = [_sequence(index, dice) for index in range(max(BATCHES))]
     prompts = [ScheduledSequence(seq, 0, _PROMPT, True) for seq in sequences]
     step = ScheduledStep(prompts, _PROMPT * len(prompts))
-    batch = prepare_batch(step, block_size=_BLOCK, device=runner.device, last_tokens=None)
+    batch = prepare_batch(step, block_size=_BLOCK, send=partial(send, device=runner.device), last_tokens=None)
     found = {"prefill": _digest(both(batch.token_ids, batch.positions, batch.attention))}
     for count in BATCHES:
         items = [ScheduledSequence(seq, _PROMPT, 1, True) for seq in sequences[:count]]

@@ -224,6 +224,18 @@ def test_unknown_config_key(key: str, words: str) -> None:
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("tokens", [-1, 2049])
+def test_prefill_graphs_that_no_step_could_use(tokens: int) -> None:
+    with pytest.raises(ConfigError, match=f"max_cudagraph_prefill={tokens}: must be at least 0.*at most.*=2048"):
+        EngineConfig(str(DEMO), max_cudagraph_prefill=tokens)
+
+
+@pytest.mark.parametrize("name", ["max_cudagraph_batch", "max_cudagraph_prefill"])
+def test_graphs_that_are_switched_off_and_sized(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"enforce_eager with {name}=8: the first switches graphs off"):
+        EngineConfig.from_mapping({"model": str(DEMO), "enforce_eager": True, name: 8})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [

@@ -91,7 +91,12 @@ OTHER_NAMES = (
     ),
     ("--max-running-requests", "4", "--chunked-prefill-size", "256"),
 )
-GRAPHS = ("--max-cudagraph-batch", "--cuda-graph-max-bs")  # refused where there are none
+# Refused where there are none.
+GRAPHS = {
+    "--max-cudagraph-batch": "max_cudagraph_batch",
+    "--cuda-graph-max-bs": "max_cudagraph_batch",
+    "--max-cudagraph-prefill": "max_cudagraph_prefill",
+}
 
 
 @pytest.mark.parametrize("options", [ENGINE_OPTIONS, OTHER_NAMES], ids=["first names", "other names"])
@@ -109,7 +114,7 @@ def test_engine_options_over_ranks_do_not_change_the_text(text: str) -> None:
 def test_sizes_of_graphs_are_refused_without_a_gpu(flag: str) -> None:
     done = generate("--device", "cpu", flag, "8", PROMPT)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "max_cudagraph_batch=8: there are no CUDA graphs on cpu" in done.stderr
+    assert f"{GRAPHS[flag]}=8: there are no CUDA graphs on cpu" in done.stderr
 
 
 def test_every_engine_option_is_exercised_here() -> None:

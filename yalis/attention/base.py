@@ -106,10 +106,12 @@ class AttentionBackend(Protocol):
         name: in the registry.
         capturable: a CUDA graph may hold `forward` for steps of one token per sequence with a plan of `plan_fixed`;
             replays see new values in the batch's tensors, and what `renew` enqueued before them.
+        captures_prompts: likewise for steps of any query lengths with a plan of `plan_padded`.
     """
 
     name: str
     capturable: bool
+    captures_prompts: bool = False
 
     def plan(self, batch: AttentionBatch) -> AttentionPlan:
         """Host-side preparation of a step. The result is handed to every `forward` of the step."""
@@ -131,6 +133,25 @@ class AttentionBackend(Protocol):
         Args:
             plan: what `plan_fixed` returned.
             seq_lens_host: keys of each row after this step, without padding.
+        """
+        return
+
+    def plan_padded(self, batch: AttentionBatch, decodes: int) -> AttentionPlan:
+        """The plan of all steps with prompts that are padded to one size; made once, outside of any graph.
+
+        Args:
+            batch: its tensors stay where they are and get new values before each step; its host lengths are the longest
+                possible. Of its B sequences those that a step has come first; rows of padding have a negative slot.
+            decodes: most sequences of a step with one query token; at most B - ``decodes`` have more.
+        """
+        return self.plan(batch)
+
+    def renew_padded(self, plan: Any, query_lens_host: Sequence[int], seq_lens_host: Sequence[int]) -> None:
+        """Before each run or replay of a step with a plan of `plan_padded`, once its inputs are enqueued.
+
+        Args:
+            plan: what `plan_padded` returned.
+            query_lens_host, seq_lens_host: of the sequences that are there.
         """
         return
 

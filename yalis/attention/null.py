@@ -17,6 +17,7 @@ class NullBackend(AttentionBackend):
 
     name = "null"
     capturable = True
+    captures_prompts = True
 
     def __init__(self, spec: AttentionSpec):
         pass

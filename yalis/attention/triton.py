@@ -1,12 +1,14 @@
 """Attention by our own Triton kernels over the KV pages: no gathering, no packages besides torch and triton.
 
 Sequences with one query token go to the split decode kernel, all others to the prefill kernel. A step of the first kind
-only is capturable: its launches depend on the batch size and nothing else, lengths are read on the device.
+only is capturable: its launches depend on the batch size and nothing else, lengths are read on the device. Padded steps
+with prompts launch both kernels for the most that their size has room for; -1 stands where there is nothing to do.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,6 +37,7 @@ class TritonPlan:
         shape: how the decode kernel is cut.
         fuse: the decode kernel rotates and writes the new keys, too.
         work: [N, 2] int32 tiles of the prefill kernel; None where there are none.
+        listed: of padded steps, what ``work`` and ``decodes`` are views of, in this order.
     """
 
     batch: AttentionBatch
@@ -45,6 +48,7 @@ class TritonPlan:
     fuse: bool
     work: torch.Tensor | None
     scratch: triton_attention.DecodeScratch | None = field(repr=False)
+    listed: torch.Tensor | None = None
 
     @property
     def slot_mapping(self) -> torch.Tensor:
@@ -61,6 +65,7 @@ class TritonBackend(AttentionBackend):
 
     name = "triton"
     capturable = True
+    captures_prompts = True
 
     def __init__(self, spec: AttentionSpec):
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -94,10 +99,35 @@ class TritonBackend(AttentionBackend):
         if len(ones) < len(batch.query_lens_host):
             if ones:
                 decodes = self._send(np.asarray(ones, np.int32))
-            work = self._send(self._tiles(batch))
+            work = self._send(self._tiles(batch.query_lens_host, batch.seq_lens_host))
         # Where programs are many, every split of a sequence would rotate the same queries again: 3 us at 256 pairs.
         fuse = work is None and pairs <= self._sms
         return TritonPlan(batch, decodes, len(ones), splits, shape, fuse, work, scratch)
+
+    def plan_padded(self, batch: AttentionBatch, decodes: int) -> TritonPlan:
+        """See `yalis.attention.base.AttentionBackend.plan_padded`."""
+        prompts = len(batch.seq_lens) - decodes
+        # Each prompt has at most one tile that is not full.
+        tiles = len(batch.slot_mapping) // self._prefill.queries(self._group) + prompts
+        listed = torch.full((2 * tiles + decodes,), -1, dtype=torch.int32, device=self._spec.device)
+        shape = self._decode[4 * decodes * self._spec.num_kv_heads > self._sms]
+        splits, scratch = 1, None
+        if decodes:
+            splits = self._splits(decodes, max(batch.seq_lens_host), shape)
+            scratch = self._scratch_for(decodes, splits)
+        work, ones = listed[: 2 * tiles].view(-1, 2), listed[2 * tiles :]
+        return TritonPlan(batch, ones, decodes, splits, shape, False, work, scratch, listed)
+
+    def renew_padded(self, plan: TritonPlan, query_lens_host: Sequence[int], seq_lens_host: Sequence[int]) -> None:
+        """Enqueue the copy of the step's tiles and decodes."""
+        assert plan.listed is not None and plan.work is not None
+        listed = np.full(len(plan.listed), -1, np.int32)
+        tiles = self._tiles(query_lens_host, seq_lens_host)
+        listed[: tiles.size] = tiles.reshape(-1)
+        ones = [b for b, count in enumerate(query_lens_host) if count == 1]
+        listed[plan.work.numel() :][: len(ones)] = ones
+        host = torch.from_numpy(listed)
+        plan.listed.copy_(host.pin_memory() if plan.listed.is_cuda else host, non_blocking=True)
 
     def forward(self, q: torch.Tensor, kv: LayerKV, plan: TritonPlan, window: int | None) -> torch.Tensor:
         """See `yalis.attention.base.AttentionBackend.forward`."""
@@ -152,12 +182,12 @@ class TritonBackend(AttentionBackend):
         )
         return self._scratch[-1]
 
-    def _tiles(self, batch: AttentionBatch) -> np.ndarray:
+    def _tiles(self, query_lens: Sequence[int], seq_lens: Sequence[int]) -> np.ndarray:
         """[N, 2] int32 (sequence, first query), those with most keys first, so that short ones fill the gaps."""
         size = self._prefill.queries(self._group)
         tiles = [
-            (batch.seq_lens_host[b] - count + min(start + size, count), b, start)
-            for b, count in enumerate(batch.query_lens_host)
+            (seq_lens[b] - count + min(start + size, count), b, start)
+            for b, count in enumerate(query_lens)
             if count > 1
             for start in range(0, count, size)
         ]

@@ -296,6 +296,8 @@ def _break_down(folder: Path | None) -> dict[str, Any]:
 
 def _print_engine(info: Any, words: str) -> None:
     graphs = f", CUDA graphs for batch {info['cuda_graphs']}" if info.get("cuda_graphs") else ""
+    if info.get("prefill_cuda_graphs"):
+        graphs += f", for prompts of {info['prefill_cuda_graphs']} tokens"
     print(
         f"{info['model']}: {info['dtype']} on {info['device']}, TP {info['tensor_parallel_size']} x PP "
         f"{info['pipeline_parallel_size']}, attention {info['attention_backend']}, all-reduce {info['all_reduce']}"

@@ -138,6 +138,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="largest decode batch with a CUDA graph (default: max-num-seqs, at most 256)",
     )
+    add(
+        "--max-cudagraph-prefill",
+        dest="max_cudagraph_prefill",
+        type=int,
+        metavar="TOKENS",
+        help="largest step with prompts that gets a CUDA graph; 0: none (default: 1024)",
+    )
     add("--engine-seed", dest="seed", type=int, metavar="N", help="seed of dummy weights and of requests without one")
     add(
         "--distributed-timeout-seconds",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from yalis.attention.base import AttentionBatch
 from yalis.engine.plain_draw import PlainDraw, temperature_of
 from yalis.engine.scheduler import ScheduledSequence, ScheduledStep
-from yalis.utils.packing import send
+
+Send = Callable[[Mapping[str, np.ndarray]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ForwardBatch:
         positions: [T] int64.
         attention: which rows belong to which sequence and where their K and V go.
         sample_rows: [S] int64, rows whose logits are sampled, in step order.
-        only_samples: nothing but ``sample_rows`` of the last stage's hidden states is read, and that is not all of them.
+        only_samples: of the last stage's hidden states only ``sample_rows`` are read, which are not all of them.
         sample_slots: [S] int64, slots of the sequences that sample.
         samplers: the S scheduled ranges that sample.
         prompt_rows: ranges that have prompt tokens to score.
@@ -56,11 +58,13 @@ class ForwardBatch:
 
 
 def prepare_batch(
-    step: ScheduledStep, *, block_size: int, device: torch.device, last_tokens: torch.Tensor | None
+    step: ScheduledStep, *, block_size: int, send: Send, last_tokens: torch.Tensor | None
 ) -> ForwardBatch:
     """Build the tensors of ``step``.
 
     Args:
+        block_size: tokens per KV block.
+        send: takes the arrays to the device.
         last_tokens: [slots] int64 on the device, the token last sampled in each slot; needed when the step holds tokens
             that the host does not know yet (one-step-ahead scheduling).
     """
@@ -96,7 +100,7 @@ def prepare_batch(
         if item.samples:
             sample_rows.append(stop - 1)
             samplers.append(item)
-        if seq.params.prompt_logprobs is not None and start < seq.num_prompt_tokens - 1:
+        if item.scores_prompt:
             last = min(end, seq.num_prompt_tokens - 1)
             prompt_rows.append(PromptRows(item, row, seq.token_ids[start + 1 : last + 1]))
         row = stop
@@ -117,8 +121,7 @@ def prepare_batch(
             "seq_lens": np.asarray(seq_lens, np.int32),
             "block_table": table,
             "temperature": np.asarray([temperature_of(item) for item in samplers], np.float32),
-        },
-        device,
+        }
     )
     token_ids = on_device["token_ids"]
     if pending_rows:

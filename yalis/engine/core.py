@@ -237,6 +237,7 @@ class _Shares(NamedTuple):
             device_idle_s=self.device_idle_s,
             decode_s=self.decode_s,
             decode_steps=counts.decode,
+            padded_steps=counts.padded,
             other_steps=counts.other,
             sampled_apart=counts.sampled_apart,
             wait_intra_s=self.wait_intra_s,

@@ -126,7 +126,8 @@ class StepTimes(msgspec.Struct, frozen=True):
         device_idle_s: seconds in which a GPU stood still between one step and the next; no part of the sum. On a GPU
             the other parts come from its clock, and all-reduce is within ``compute_s``.
         decode_s: the part of ``compute_s`` and the all-reduce inside that went into decode steps of fixed size.
-        decode_steps, other_steps: steps of fixed sizes (CUDA graphs where captured), and all others.
+        decode_steps, padded_steps, other_steps: decode steps of fixed sizes and padded ones with prompts (CUDA graphs
+            where captured), and all others.
         sampled_apart: decode steps whose sampling needed more than temperature and seed, so ran outside of the graph.
         wait_intra_s, wait_inter_s: of the collectives' time, waiting for late ranks inside the node (shared memory, any
             collective) and between nodes (``rd``); no part of the sum, and 0 where nobody measures it.
@@ -145,6 +146,7 @@ class StepTimes(msgspec.Struct, frozen=True):
     device_idle_s: float = 0.0
     decode_s: float = 0.0
     decode_steps: int = 0
+    padded_steps: int = 0
     other_steps: int = 0
     sampled_apart: int = 0
     wait_intra_s: float = 0.0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from yalis.attention.base import AttentionPlan, LayerKV
@@ -18,17 +20,12 @@ from yalis.attention.registry import create_backend
 from yalis.comm.communicator import Communicator, Handle
 from yalis.engine import sampler
 from yalis.engine.batch import ForwardBatch, prepare_batch
-from yalis.engine.cuda_graphs import (
-    CaptureReceipt,
-    DecodeInputs,
-    DecodeSteps,
-    StaticOutput,
-    StaticStep,
-    batch_sizes,
-)
+from yalis.engine.cuda_graphs import CaptureClock, CaptureReceipt, GraphMemory
+from yalis.engine.decode_steps import DecodeInputs, DecodeSteps, StaticOutput, StaticStep, batch_sizes
 from yalis.engine.device_clock import DeviceClock, DeviceStep, StepInterval
 from yalis.engine.guided import Guides
 from yalis.engine.plain_draw import PlainDraw, draw_plain, feed_tokens, is_plain
+from yalis.engine.prefill_steps import PaddedInputs, PaddedSize, PaddedStep, PrefillSteps, padded_sizes
 from yalis.engine.request import Sequence as Request
 from yalis.engine.resolve import ResolvedConfig, kv_block_bytes, num_kv_blocks
 from yalis.engine.results import PromptScores, ResultLayout, Sampled, pack, packed_size, to_host, unpack
@@ -40,6 +37,7 @@ from yalis.kernels import ops
 from yalis.kvcache.block_manager import BlockTable
 from yalis.models.base import CausalLM, ModelContext, attention_spec
 from yalis.models.registry import build_model
+from yalis.utils import packing
 from yalis.utils.logging import get_logger, log_once
 from yalis.utils.spans import span
 from yalis.weights.loader import LoadReceipt, init_dummy, load_weights
@@ -59,10 +57,12 @@ _DRAIN_S = 5.0
 
 @dataclass
 class StepCounts:
-    """Steps by kind: ``decode`` steps of fixed size (CUDA graphs where captured), all ``other`` ones, and how many of
-    the former were sampled outside of the graph because a request asks for more than temperature and seed."""
+    """Steps by kind: ``decode`` steps of fixed size and ``padded`` ones with prompts (CUDA graphs where captured), all
+    ``other`` ones, and how many of the first were sampled outside of the graph because a request asks for more than
+    temperature and seed."""
 
     decode: int = 0
+    padded: int = 0
     other: int = 0
     sampled_apart: int = 0
 
@@ -122,6 +122,8 @@ class Runner:
         decode_s: the part of ``forward_s`` that went into decode steps of fixed size.
         counts: kinds of steps, by name, likewise.
         decode: decode steps of fixed sizes; None where every step is made anew.
+        prefill: likewise padded steps with prompts.
+        captured: what capturing graphs took; None where there are none.
     """
 
     def __init__(
@@ -148,8 +150,11 @@ class Runner:
         self.decode_s = 0.0
         self.counts = StepCounts()
         self.decode: DecodeSteps | None = None
+        self.prefill: PrefillSteps | None = None
+        self.captured: CaptureReceipt | None = None
         self._hidden_in: dict[int, torch.Tensor] = {}
         self._decode_plans: dict[int, AttentionPlan] = {}
+        self._padded_plans: dict[PaddedSize, AttentionPlan] = {}
         self._released = False
         self._clock = DeviceClock(self.device) if self.device.type == "cuda" else None
         self.kv: list[LayerKV] = []
@@ -214,18 +219,19 @@ class Runner:
             return
         ops.tune_products(products, batch_sizes(self.resolved.user.max_num_seqs), on_progress)
 
-    def allocate_kv(self, agree_min: Callable[[int], int]) -> int:
+    def allocate_kv(self, agree_min: Callable[[int], int], most_padded: int = 0) -> int:
         """Make the KV pages; every rank ends up with the same number of blocks.
 
         Args:
             agree_min: least value over all ranks.
+            most_padded: tokens of the largest padded step that graphs will hold; 0: none.
 
         Returns:
             number of blocks.
         """
         num_layers = len(self.model.layers_of_stage)
         block_bytes = kv_block_bytes(self.resolved, self.num_kv_heads, num_layers)
-        activation_bytes = self._measure_activations() if self.device.type == "cuda" else 0
+        activation_bytes = self._measure_activations(most_padded) if self.device.type == "cuda" else 0
         self.num_kv_blocks = agree_min(num_kv_blocks(self.resolved, block_bytes, activation_bytes))
         self.kv = self._make_pages(self.num_kv_blocks)
         logger.info(
@@ -249,18 +255,18 @@ class Runner:
         ]
 
     @torch.inference_mode()
-    def _measure_activations(self) -> int:
+    def _measure_activations(self, most_padded: int) -> int:
         """Bytes of GPU memory that the largest steps take besides weights and pages; collective over the stage.
 
-        Runs a prefill of as many tokens as a step may hold and a decode of as many sequences as may run, the latter
-        also with every row under filters, penalties and log-probabilities, over a few pages that are dropped again.
-        The decode's share counts twice, because graphs keep memory of their own. Counts of tokens for penalties come on
-        top: the first such request makes them for good. Not in it is what penalties of very long sequences take for a
-        moment.
+        Runs a prefill of as many tokens as a step may hold, one of as many as graphs will hold, and a decode of as many
+        sequences as may run, the latter also with every row under filters, penalties and log-probabilities, over a few
+        pages that are dropped again. The decode counts twice, or beside what graphs hold if that is more, because
+        graphs keep memory of their own. Counts of tokens for penalties come on top: the first such request makes them
+        for good. Not in it is what penalties of very long sequences take for a moment.
         """
         user, block_size = self.resolved.user, self.resolved.user.block_size
         steps = _imaginary_steps(
-            user.max_num_batched_tokens, self.resolved.max_model_len, user.max_num_seqs, block_size
+            user.max_num_batched_tokens, most_padded, self.resolved.max_model_len, user.max_num_seqs, block_size
         )
         self.kv = self._make_pages(max(1 + max(i.seq.table.blocks[-1] for i in step.items) for step in steps))
         peaks = []
@@ -276,12 +282,12 @@ class Runner:
         penalties = self.penalties.most_bytes(self.resolved.max_model_len) if self.is_last_stage else 0
         self.penalties = PenaltyState(user.max_num_seqs, self.vocab, self.device)
         torch.cuda.empty_cache()
-        prefill, decode, apart = peaks
-        return max(prefill, apart) + 2 * decode + penalties
+        prefill, padded, decode, apart = peaks
+        return max(prefill, apart) + decode + max(decode, padded) + penalties
 
     def _run_imaginary(self, step: ScheduledStep) -> None:
         batch = prepare_batch(
-            step, block_size=self.resolved.user.block_size, device=self.device, last_tokens=self.last_tokens
+            step, block_size=self.resolved.user.block_size, send=self._send_apart, last_tokens=self.last_tokens
         )
         hidden_in = None
         if not self.is_first_stage:
@@ -292,7 +298,7 @@ class Runner:
         rows = batch.sample_rows if batch.only_samples else None
         hidden = self.model.forward(token_ids, batch.positions, hidden_in, self.kv, plan, rows)
         if self.is_last_stage:
-            self._sample(batch, hidden)
+            self._sample(batch, hidden, whole=rows is None)
 
     def prepare_decode(self, largest: int) -> None:
         """Make fixed inputs for decode steps of up to ``largest`` sequences; `allocate_kv` must have been called."""
@@ -319,9 +325,34 @@ class Runner:
             before=lambda static, lengths: self.attention.renew(self._decode_plans[static.size], lengths),
         )
 
-    def capture_obstacle(self) -> str | None:
-        """What a CUDA graph of a decode step could not hold; None if there is nothing."""
-        if not self.attention.capturable:
+    def prepare_prefill(self, most_tokens: int) -> None:
+        """Make fixed inputs for padded steps of up to ``most_tokens`` tokens; `allocate_kv` must have been called."""
+        user, resolved = self.resolved.user, self.resolved
+        hidden = None
+        if not self.is_first_stage:
+            shape = (most_tokens, resolved.model.hidden_size)
+            hidden = torch.zeros(shape, dtype=resolved.dtype, device=self.device)
+        inputs = PaddedInputs(
+            padded_sizes(most_tokens, user.max_num_seqs),
+            max_blocks=min(-(-resolved.max_model_len // user.block_size), self.num_kv_blocks),
+            block_size=user.block_size,
+            hidden=hidden,
+            device=self.device,
+        )
+        self._padded_plans = {
+            static.size: self.attention.plan_padded(static.attention, static.size.decodes) for static in inputs.all()
+        }
+        self.prefill = PrefillSteps(
+            inputs,
+            self._padded_body,
+            before=lambda static, queries, keys: self.attention.renew_padded(
+                self._padded_plans[static.size], queries, keys
+            ),
+        )
+
+    def capture_obstacle(self, *, prompts: bool) -> str | None:
+        """What a CUDA graph of a decode step (or a step with ``prompts``) could not hold; None if there is nothing."""
+        if not (self.attention.captures_prompts if prompts else self.attention.capturable):
             return f"attention backend {self.attention.name!r} looks at host values in every layer"
         if self.tp.uncapturable:
             return f"all-reduce {', '.join(self.tp.uncapturable)} waits on the host"
@@ -329,52 +360,99 @@ class Runner:
 
     @property
     def graph_sizes(self) -> str:
-        """Batch sizes with a CUDA graph, for people; empty where there are none."""
-        return self.decode.captured if self.decode is not None else ""
+        """Batch sizes of decode steps with a CUDA graph, for people; empty where there are none."""
+        return ", ".join(map(str, self.decode.captured)) if self.decode is not None else ""
 
     @property
-    def capture_s(self) -> float:
-        """Seconds that capturing took."""
-        return self.decode.receipt.seconds if self.decode is not None and self.decode.receipt is not None else 0.0
+    def prefill_graph_sizes(self) -> str:
+        """Numbers of tokens of steps with prompts that have a CUDA graph, likewise."""
+        return ", ".join(map(str, self.prefill.captured)) if self.prefill is not None else ""
 
     @property
-    def capture_nbytes(self) -> int:
-        """Bytes of GPU memory that the graphs took."""
-        return self.decode.receipt.nbytes if self.decode is not None and self.decode.receipt is not None else 0
+    def num_graphs(self) -> int:
+        """Graphs that `capture` makes."""
+        decode = len(self.decode.inputs.sizes) if self.decode is not None else 0
+        return decode + (len(self.prefill.inputs.sizes) if self.prefill is not None else 0)
 
     @torch.inference_mode()
-    def capture(self, on_size: Callable[[int], None] | None = None) -> CaptureReceipt:
-        """Capture the decode steps as CUDA graphs; collective over all ranks of the stage."""
-        assert self.decode is not None
-        return self.decode.capture(on_size)
+    def capture(self, on_graph: Callable[[], None] | None = None) -> CaptureReceipt:
+        """Capture the prepared steps as CUDA graphs, the larger ones first; collective over all ranks of the stage.
+
+        Args:
+            on_graph: called after each graph.
+        """
+        clock = CaptureClock(self.device)
+        memory = GraphMemory(self.device)
+        for steps in (self.prefill, self.decode):
+            if steps is not None:
+                steps.capture(memory, on_graph)
+        self.captured = clock.receipt(self.num_graphs)
+        logger.info(
+            "captured %d CUDA graphs in %.1f s, %.0f MiB: decode of batch %s; prefill of tokens %s",
+            self.captured.num_graphs,
+            self.captured.seconds,
+            self.captured.nbytes / 2**20,
+            self.graph_sizes or "(none)",
+            self.prefill_graph_sizes or "(none)",
+        )
+        return self.captured
 
     @torch.inference_mode()
     def execute(self, step: ScheduledStep) -> PendingStep:
         """Start a step: returns once this stage's part is computed or enqueued and handed on."""
         if self.decode is not None and self.decode.takes(step):
             return self._execute_decode(self.decode, step)
+        padded = self.prefill.fitting(step) if self.prefill is not None else None
         started_s = time.monotonic()
-        self.counts.other += 1
         with span("yalis.prepare"):
             batch = prepare_batch(
                 step,
                 block_size=self.resolved.user.block_size,
-                device=self.device,
+                send=self._send_apart if padded is None else partial(self._padded_inputs.send, padded),
                 last_tokens=self.last_tokens if self.is_first_stage else None,
             )
-            plan = self.attention.plan(batch.attention)
         pending = PendingStep(step, ResultLayout(batch.samplers, batch.prompt_rows), started_s)
         hidden_in: torch.Tensor | None = None
         if not self.is_first_stage:
             hidden_in = self._receive_hidden(step.num_tokens)
         with self._timed_forward(pending), span(f"yalis.forward[{step.num_tokens} tokens]"):
-            token_ids = batch.token_ids if self.is_first_stage else None
-            rows = batch.sample_rows if batch.only_samples else None
-            hidden = self.model.forward(token_ids, batch.positions, hidden_in, self.kv, plan, rows)
+            hidden, whole = self._forward(batch, hidden_in, padded)
             if self.is_last_stage:
-                pending.sampled = self._sample(batch, hidden)
+                pending.sampled = self._sample(batch, hidden, whole=whole)
         self._hand_on(pending, hidden)
         return pending
+
+    def _forward(
+        self, batch: ForwardBatch, hidden_in: torch.Tensor | None, padded: PaddedSize | None
+    ) -> tuple[torch.Tensor, bool]:
+        """Hidden states for the next stage; on the last one the final ones, and whether they are those of all rows and
+        not of the sampled ones only."""
+        if padded is not None:
+            assert self.prefill is not None
+            self.counts.padded += 1
+            hidden = self.prefill.run(padded, batch.attention, hidden_in)
+            if self.is_last_stage:
+                return hidden[: len(batch.samplers)], False
+            return hidden[: len(batch.token_ids)].clone(), True  # still travelling when the next replay writes
+        self.counts.other += 1
+        plan = self.attention.plan(batch.attention)
+        token_ids = batch.token_ids if self.is_first_stage else None
+        rows = batch.sample_rows if batch.only_samples else None
+        return self.model.forward(token_ids, batch.positions, hidden_in, self.kv, plan, rows), rows is None
+
+    def _padded_body(self, static: PaddedStep) -> torch.Tensor:
+        """A padded step from fixed inputs to hidden states, without sampling: what a graph holds."""
+        token_ids = static.token_ids if self.is_first_stage else None
+        plan = self._padded_plans[static.size]
+        return self.model.forward(token_ids, static.positions, static.hidden_in, self.kv, plan, static.rows)
+
+    @property
+    def _padded_inputs(self) -> PaddedInputs:
+        assert self.prefill is not None
+        return self.prefill.inputs
+
+    def _send_apart(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        return packing.send(arrays, self.device)
 
     @torch.inference_mode()
     def collect(self, pending: PendingStep) -> StepResult:
@@ -476,11 +554,13 @@ class Runner:
         except (EngineDeadError, RuntimeError) as error:  # the second from a device that failed
             logger.warning("the GPU's memory is not given back before the process ends: %s", error)
             return
-        if self.decode is not None:
-            self.decode.release()
-            self.decode = None
+        for steps in (self.decode, self.prefill):
+            if steps is not None:
+                steps.release()
+        self.decode = self.prefill = None
         self._hidden_in = {}
         self._decode_plans = {}
+        self._padded_plans = {}
         self.kv = []
         del self.model, self.attention, self.penalties, self.last_tokens
         gc.unfreeze()  # a worker's start froze them
@@ -523,11 +603,11 @@ class Runner:
 
     # ---- sampling ---------------------------------------------------------------------------------------------
 
-    def _sample(self, batch: ForwardBatch, hidden: torch.Tensor) -> Sampled:
-        """Sample from the final ``hidden`` states: of ``batch.sample_rows`` if only they are read, else of all rows."""
+    def _sample(self, batch: ForwardBatch, hidden: torch.Tensor, *, whole: bool) -> Sampled:
+        """Sample from the final ``hidden`` states, of all rows if ``whole``, else of ``batch.sample_rows``."""
         output = None
         if batch.samplers:
-            raw = self.model.raw_logits(hidden if batch.only_samples else hidden[batch.sample_rows])
+            raw = self.model.raw_logits(hidden[batch.sample_rows] if whole else hidden)
             eos = self.resolved.eos_token_ids
             if self._clock is not None and all(is_plain(item, self.vocab.total, eos) for item in batch.samplers):
                 output = SamplerOutput(self._draw_plain(raw, batch.draw, batch.sample_slots))
@@ -608,17 +688,25 @@ class Runner:
 _ALL_RULES = SamplingParams(temperature=1.0, top_p=1.0 - 1e-12, repetition_penalty=1.1, logprobs=20)
 
 
-def _imaginary_steps(most_tokens: int, max_model_len: int, most_seqs: int, block_size: int) -> list[ScheduledStep]:
-    """The largest steps, which no request asked for: a prefill, a decode, and a decode under `_ALL_RULES`."""
-    longest = min(most_tokens, max_model_len)
-    whole, rest = divmod(most_tokens, longest)
-    lengths = ([longest] * whole + [rest] * (rest > 0))[:most_seqs]
+def _imaginary_steps(
+    most_tokens: int, most_padded: int, max_model_len: int, most_seqs: int, block_size: int
+) -> list[ScheduledStep]:
+    """The largest steps, which no request asked for: a prefill, one that is padded (the smallest there is if none
+    is), a decode, and a decode under `_ALL_RULES`."""
     decode = [1] * most_seqs, [block_size - 1] * most_seqs, 1
     return [
-        _imaginary_step(lengths, [0] * len(lengths), -(-longest // block_size)),
+        _imaginary_prefill(most_tokens, max_model_len, most_seqs, block_size),
+        _imaginary_prefill(max(1, most_padded), max_model_len, most_seqs, block_size),
         _imaginary_step(*decode),
         _imaginary_step(*decode, params=_ALL_RULES),
     ]
+
+
+def _imaginary_prefill(tokens: int, max_model_len: int, most_seqs: int, block_size: int) -> ScheduledStep:
+    longest = min(tokens, max_model_len)
+    whole, rest = divmod(tokens, longest)
+    lengths = ([longest] * whole + [rest] * (rest > 0))[:most_seqs]
+    return _imaginary_step(lengths, [0] * len(lengths), -(-longest // block_size))
 
 
 def _imaginary_step(

@@ -37,6 +37,11 @@ class ScheduledSequence:
         """Position of the sampled token: the number of tokens before it."""
         return self.start + self.num_tokens
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether some row of the range predicts a prompt token whose log-probability was asked for."""
+        return self.seq.params.prompt_logprobs is not None and self.start < self.seq.num_prompt_tokens - 1
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:

@@ -14,6 +14,7 @@ import torch
 from yalis.comm.liveness import install_termination_handler
 from yalis.config import EngineConfig
 from yalis.engine.core import EngineCore
+from yalis.engine.cuda_graphs import CaptureReceipt
 from yalis.engine.ranks import RankContext, rank_topology
 from yalis.engine.resolve import ResolvedConfig, resolve, resolve_device
 from yalis.engine.runner import Runner
@@ -25,8 +26,9 @@ from yalis.utils.progress import byte_progress, count_progress, done_progress
 
 logger = get_logger(__name__)
 
-# Above it a step is long enough to hide its launches.
+# Above them a step is long enough to hide its launches.
 _MAX_GRAPH_BATCH = 256
+_MAX_GRAPH_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,9 @@ def start_rank(config: EngineConfig, env: Mapping[str, str] | None = None) -> St
         # Loading and measuring take as long as a node's disk and caches let them. Nobody may wait for that in a
         # collective, where it would be taken for a loss.
         ranks.assemble("weights")
-        num_blocks = runner.allocate_kv(ranks.agree_min)
-        _prepare_decode(runner, show=ranks.is_root)
+        graphs = _choose_graphs(runner)
+        num_blocks = runner.allocate_kv(ranks.agree_min, graphs.prefill_tokens)
+        _capture(runner, graphs, show=ranks.is_root)
         ranks.assemble("start")
         capacity = num_blocks * config.block_size
         max_model_len = min(resolved.max_model_len, capacity)
@@ -117,36 +120,59 @@ def start_rank(config: EngineConfig, env: Mapping[str, str] | None = None) -> St
     return StartedRank(resolved, ranks, core, tokenizer, max_model_len, load_s)
 
 
-def _prepare_decode(runner: Runner, *, show: bool) -> None:
-    """Capture the decode steps on a GPU, or say why not.
+@dataclass(frozen=True)
+class GraphChoice:
+    """Which steps get CUDA graphs: decodes of up to ``decode_batch`` sequences, steps with prompts of up to
+    ``prefill_tokens`` tokens; 0 for none."""
+
+    decode_batch: int = 0
+    prefill_tokens: int = 0
+
+
+def _choose_graphs(runner: Runner) -> GraphChoice:
+    """What the user asked for or, by default, what can be captured.
 
     Raises:
         ConfigError: CUDA graphs were asked for and something cannot be captured.
     """
     user = runner.resolved.user
+    asked = {name: getattr(user, name) for name in ("max_cudagraph_batch", "max_cudagraph_prefill")}
     if runner.device.type != "cuda":
-        if user.max_cudagraph_batch is not None:
-            raise ConfigError(
-                f"max_cudagraph_batch={user.max_cudagraph_batch}: there are no CUDA graphs on {runner.device}; leave "
-                "it out"
-            )
-        return
+        for name, value in asked.items():
+            if value:
+                raise ConfigError(f"{name}={value}: there are no CUDA graphs on {runner.device}; leave it out")
+        return GraphChoice()
     if user.enforce_eager:
-        logger.info("enforce_eager: decode steps run without CUDA graphs")
+        logger.info("enforce_eager: no CUDA graphs")
+        return GraphChoice()
+    most = {
+        "max_cudagraph_batch": _MAX_GRAPH_BATCH,
+        "max_cudagraph_prefill": min(_MAX_GRAPH_TOKENS, user.max_num_batched_tokens),
+    }
+    chosen = {}
+    for name, value in asked.items():
+        prompts = name == "max_cudagraph_prefill"
+        chosen[name] = most[name] if value is None else value
+        obstacle = runner.capture_obstacle(prompts=prompts)
+        if obstacle is not None and chosen[name]:
+            if value is not None:
+                raise ConfigError(f"{name}={value}: {obstacle}; leave it out, or choose another")
+            what = "short prompts are" if prompts else "decode is"
+            logger.warning("no CUDA graphs of it, so %s slower: %s", what, obstacle)
+            chosen[name] = 0
+    return GraphChoice(chosen["max_cudagraph_batch"], chosen["max_cudagraph_prefill"])
+
+
+def _capture(runner: Runner, graphs: GraphChoice, *, show: bool) -> None:
+    """Capture the chosen steps; collective."""
+    if graphs.prefill_tokens:
+        runner.prepare_prefill(graphs.prefill_tokens)
+    if graphs.decode_batch:
+        runner.prepare_decode(graphs.decode_batch)
+    if not runner.num_graphs:
         return
-    obstacle = runner.capture_obstacle()
-    if obstacle is not None:
-        if user.max_cudagraph_batch is not None:
-            raise ConfigError(
-                f"max_cudagraph_batch={user.max_cudagraph_batch}: {obstacle}; leave it out, or choose another"
-            )
-        logger.warning("no CUDA graphs, so decode is slower: %s", obstacle)
-        return
-    runner.prepare_decode(user.max_cudagraph_batch or _MAX_GRAPH_BATCH)
-    assert runner.decode is not None
-    total = len(runner.decode.inputs.sizes)
-    with count_progress("capturing decode graphs", total, enabled=show) as on_progress:
-        runner.capture(None if on_progress is None else lambda _: on_progress(1))
+    with count_progress("capturing CUDA graphs", runner.num_graphs, enabled=show) as on_progress:
+        runner.capture(None if on_progress is None else lambda: on_progress(1))
 
 
 def _end_with_reason(ranks: RankContext) -> None:
@@ -162,6 +188,7 @@ def _end_with_reason(ranks: RankContext) -> None:
 def engine_info(rank: StartedRank) -> dict[str, str | int | float]:
     """What a client should know about the engine: resolved choices, for people and records."""
     user, model = rank.resolved.user, rank.resolved.model
+    captured = rank.core.runner.captured or CaptureReceipt(0, 0.0, 0)
     return {
         "model": user.model,
         "architecture": model.architecture,
@@ -176,8 +203,9 @@ def engine_info(rank: StartedRank) -> dict[str, str | int | float]:
         "attention_backend": rank.core.runner.attention.name,
         "compute": user.compute,
         "cuda_graphs": rank.core.runner.graph_sizes,
-        "capture_s": round(rank.core.runner.capture_s, 3),
-        "capture_mib": rank.core.runner.capture_nbytes >> 20,
+        "prefill_cuda_graphs": rank.core.runner.prefill_graph_sizes,
+        "capture_s": round(captured.seconds, 3),
+        "capture_mib": captured.nbytes >> 20,
         "all_reduce": user.all_reduce + (" (none: tokens are wrong)" if user.all_reduce == "null" else ""),
         "max_model_len": rank.max_model_len,
         "num_kv_blocks": rank.core.runner.num_kv_blocks,

@@ -56,8 +56,11 @@ def _decode(
     index = tl.program_id(2)
     # Lengths and tables are inputs of the step, not written by its kernels: they may be read before the wait.
     sequence = index
+    present = True
     if LISTED:
         sequence = tl.load(which + index)
+        present = sequence >= 0
+        sequence = tl.maximum(sequence, 0)
     length = tl.load(seq_lens + sequence)
     token = tl.load(query_start + sequence).to(tl.int64)
     table = block_table + sequence.to(tl.int64) * table_step
@@ -69,6 +72,8 @@ def _decode(
     # The grid is fixed by what was captured, the lengths are not: splits share the tiles there are, the rest is idle.
     per_split = tl.cdiv(last_tile - first_tile, splits)
     used = tl.cdiv(last_tile - first_tile, per_split)
+    if LISTED:
+        used = tl.where(present, used, 0)
     begin = first_tile + split * per_split
     end = tl.minimum(begin + per_split, last_tile)
     columns = tl.arange(0, DIM_PAD)
@@ -290,7 +295,7 @@ def decode(
         k_cache, v_cache: [num_blocks, Hk, block_size, D] contiguous; hold the new rows.
         out: [T, Hq, D], written at the rows of these sequences; strided like ``q``.
         scratch: at least B * Hk programs of ``splits``.
-        which: [B] int32 numbers of the sequences, or None for all of them in order.
+        which: [B] int32 numbers of the sequences, -1 for none, or None for all of them in order.
         query_start, seq_lens, block_table: as in `yalis.attention.base.AttentionBatch`.
         splits: programs that share a sequence's keys, at most.
         window: sliding window in tokens, or None.
@@ -368,13 +373,18 @@ def _prefill(
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     sequence = tl.load(work + item * 2)
+    present = sequence >= 0
+    sequence = tl.maximum(sequence, 0)
     start = tl.load(work + item * 2 + 1)
     first_row = tl.load(query_start + sequence)
     count = tl.load(query_start + sequence + 1) - first_row
     length = tl.load(seq_lens + sequence)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        # Before any return: a launch that ended without it would let its successors run ahead of its predecessors.
         tl.extra.cuda.gdc_wait()
+    if not present:
+        return
 
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, DIM_PAD)
@@ -467,7 +477,8 @@ def prefill(
         q: [T, Hq, D]; rows may be strided, heads are contiguous.
         k_cache, v_cache: [num_blocks, Hk, block_size, D] contiguous; hold the new rows.
         out: [T, Hq, D], written at the rows that ``work`` covers; strided like ``q``.
-        work: [N, 2] int32: number of a sequence, and the first of the ``shape.queries(group)`` query tokens of a tile.
+        work: [N, 2] int32: number of a sequence, and the first of the ``shape.queries(group)`` query tokens of a tile;
+            -1 for no tile.
         query_start, seq_lens, block_table: as in `yalis.attention.base.AttentionBatch`.
         window: sliding window in tokens, or None.
     """

@@ -106,6 +106,8 @@ def tokens_of(outputs: list[RequestOutput]) -> list[list[int]]:
         ("llama", {"attention_backend": "triton"}),
         ("llama", {"attention_backend": "triton", "enforce_eager": True}),
         ("llama3", {"attention_backend": "triton", **CHUNKED}),
+        ("llama3", {"attention_backend": "triton", **CHUNKED, "max_cudagraph_prefill": 0}),
+        ("qwen3", {"attention_backend": "triton", **CHUNKED, "max_num_seqs": 3}),  # prompts beside decodes
         ("mistral-window", {"attention_backend": "triton", "enable_prefix_caching": False}),
         ("qwen3", {"attention_backend": "triton", **SCARCE}),
         ("qwen2", {"attention_backend": "triton", "overlap_scheduling": False}),
@@ -125,6 +127,8 @@ def test_float32_tokens_and_logprobs(models: Models, variant: str, options: dict
         assert (llm.stats().num_preemptions > 0) == ("num_kv_blocks" in options)
     assert bool(captured) == (options["attention_backend"] == "triton" and "enforce_eager" not in options)
     assert (times.decode_steps > 0) == bool(captured)
+    padded = bool(captured) and options.get("max_cudagraph_prefill") != 0
+    assert (times.padded_steps > 0) == padded
     assert tokens_of(scored) == tokens_of(plain) == expected
     for output in scored:
         check_logprobs(output, reference, k=5, prompt_k=3)
@@ -196,6 +200,8 @@ def cpu_outputs(models: Models) -> list[list[int]]:
         {"enforce_eager": True},
         {"overlap_scheduling": False},
         {"max_cudagraph_batch": 4},
+        {"max_cudagraph_batch": 4, "max_cudagraph_prefill": 0},
+        {"max_cudagraph_prefill": 48},
         {**SCARCE},
         {**CHUNKED},
         {"attention_backend": "sdpa"},
@@ -289,8 +295,10 @@ def test_the_kv_cache_takes_the_share_it_may() -> None:
 def test_a_backend_that_cannot_be_captured(models: Models, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match="max_cudagraph_batch=8.*sdpa.*leave it out"):
         engine(models.folder("llama"), attention_backend="sdpa", max_cudagraph_batch=8)
+    with pytest.raises(ConfigError, match="max_cudagraph_prefill=8.*sdpa.*leave it out"):
+        engine(models.folder("llama"), attention_backend="sdpa", max_cudagraph_prefill=8)
     with engine(models.folder("llama"), attention_backend="sdpa") as llm:
-        assert llm.info["cuda_graphs"] == ""
+        assert llm.info["cuda_graphs"] == llm.info["prefill_cuda_graphs"] == ""
 
 
 @pytest.mark.alone
@@ -347,6 +355,7 @@ TP, PP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
         {**TP, "all_reduce": "nvrar", "enforce_eager": True},
         {**TP, "all_reduce": "nvrar", **SCARCE},
         {**TP, "all_reduce": "nvrar", **CHUNKED},
+        {**TP, "all_reduce": "nvrar", "max_cudagraph_prefill": 0},
         {**TP, "all_reduce": "nccl", "enforce_eager": True},
         {**TP, "attention_backend": "sdpa"},
         PP,
@@ -369,7 +378,7 @@ def test_two_ranks(models: Models, cpu_outputs: list[list[int]], options: dict[s
         again = llm.generate(PROMPTS, GREEDY)
         drawn = [llm.generate([PROMPTS[i % 4]], [params])[0] for i, params in enumerate(MIXED[:3])]
         times = llm.stats().times
-        assert times.sampled_apart == 0 and (times.decode_steps > 0) == captured
+        assert times.sampled_apart == 0 and (times.decode_steps > 0) == (times.padded_steps > 0) == captured
         scored = llm.generate(PROMPTS, SCORED)
         mixed = llm.generate([PROMPTS[i % 4] for i in range(len(MIXED))], MIXED)
         assert llm.stats().kv_usage == 0

@@ -138,3 +138,44 @@ def test_decode_that_rotates_and_writes(heads: int, kv_heads: int, dim: int, nor
     for apart, whole in zip(*results, strict=True):
         torch.testing.assert_close(whole, apart, atol=2e-5, rtol=2e-5)
     assert not torch.equal(results[1][1], pages[0])
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("lengths", [MIXED, [(11, 11)], [(1, 30)], []], ids=str)
+def test_padded_steps_attend_to_what_is_there(lengths: list[tuple[int, int]], window: int | None) -> None:
+    """One plan for several steps: prompts and decodes as they come, and nothing is touched where there is none."""
+    torch.manual_seed(0)
+    tokens, decodes, prompts, block_size, longest = 40, 4, 3, 4, 52
+    heads, kv_heads, dim = 4, 2, 16
+    backend = TritonBackend(AttentionSpec(heads, kv_heads, dim, 0.3, block_size, torch.float32, CPU))
+    backend._decode, backend._prefill = dict.fromkeys((False, True), SMALL_TILES[0]), SMALL_TILES[1]
+    count = decodes + prompts
+    table = torch.randperm(count * 13).view(count, 13).to(torch.int32)
+    static = AttentionBatch(
+        query_start=torch.zeros(count + 1, dtype=torch.int32),
+        seq_lens=torch.ones(count, dtype=torch.int32),
+        block_table=table,
+        slot_mapping=torch.full((tokens,), -1),
+        query_lens_host=[tokens] * prompts + [1] * decodes,
+        seq_lens_host=[longest] * count,
+    )
+    plan = backend.plan_padded(static, decodes)
+    kv = LayerKV(*torch.randn(2, count * 13, kv_heads, block_size, dim).unbind())
+    q = torch.randn(tokens, heads, dim)
+    for there in (MIXED, lengths):  # the second step finds what the first has left
+        news, totals = [new for new, _ in there], [total for _, total in there]
+        starts = torch.tensor([0, *news, *[0] * (count - len(there))]).cumsum(0)
+        static.query_start.copy_(starts)
+        static.seq_lens.copy_(torch.tensor([*totals, *[1] * (count - len(there))]))
+        backend.renew_padded(plan, news, totals)
+        got = backend.forward(q, kv, plan, window)
+    rows = sum(news)
+    want = torch.zeros(rows, heads, dim)
+    if there:
+        where = (starts[: len(there) + 1].to(torch.int32), static.seq_lens[: len(there)], table[: len(there)])
+        torch_reference.paged_attention(q[:rows], kv.k, kv.v, *where, 0.3, window, want)
+    check(got[:rows], want)
+    listed = plan.listed
+    assert listed is not None and (listed >= 0).sum() == sum(new == 1 for new in news) + 2 * sum(
+        -(-new // backend._prefill.queries(2)) for new in news if new > 1
+    )

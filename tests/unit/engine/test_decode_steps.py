@@ -11,7 +11,7 @@ import torch
 from tests.support.checkpoints import DEMO
 from yalis import LLM
 from yalis.config import EngineConfig
-from yalis.engine.cuda_graphs import DecodeInputs, batch_sizes, is_decode, size_for
+from yalis.engine.decode_steps import DecodeInputs, batch_sizes, is_decode, size_for
 from yalis.engine.handle import LocalEngine
 from yalis.engine.plain_draw import is_plain
 from yalis.engine.request import Sequence
@@ -94,12 +94,13 @@ def test_the_copies_of_all_kinds_have_a_place():
     ],
 )
 def test_imaginary_steps_are_the_largest_that_can_be(tokens, model_len, seqs, lengths):
-    prefill, decode, apart = _imaginary_steps(tokens, model_len, seqs, 16)
+    prefill, padded, decode, apart = _imaginary_steps(tokens, 40, model_len, seqs, 16)
+    assert padded.num_tokens == 40 and max(item.num_tokens for item in padded.items) == min(40, model_len)
     assert [item.num_tokens for item in prefill.items] == lengths
     assert prefill.num_tokens == sum(lengths) == min(tokens, model_len * seqs)
     for step in (decode, apart):
         assert step.num_tokens == len(step.items) == seqs and is_decode(step)
-    for step in (prefill, decode, apart):
+    for step in (prefill, padded, decode, apart):
         blocks = [block for item in step.items for block in item.seq.table.blocks]
         assert len(set(blocks)) == len(blocks), "sequences write to pages of their own"
         assert sorted(item.seq.slot for item in step.items) == list(range(len(step.items)))
@@ -108,21 +109,22 @@ def test_imaginary_steps_are_the_largest_that_can_be(tokens, model_len, seqs, le
     assert not any(is_plain(item, 1000, ()) for item in apart.items)
 
 
-def test_imaginary_steps_run_and_leave_nothing_behind(monkeypatch):
+@pytest.mark.parametrize("padded", [7, 70])
+def test_imaginary_steps_run_and_leave_nothing_behind(monkeypatch, padded):
     """The trial run, on a CPU that is asked for its memory as a GPU would be."""
     config = EngineConfig(str(DEMO), dtype="float32", device="cpu", max_model_len=48, max_num_batched_tokens=64,
                           max_num_seqs=6, cpu_threads=1)  # fmt: skip
     runner = start_rank(config).core.runner
-    allocated = iter([0, 1000, 5000])  # before each step
-    peaks = iter([100, 1020, 5300])
+    allocated = iter([0, 300, 1000, 5000])  # before each step
+    peaks = iter([100, 300 + padded, 1020, 5300])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
     drawn = []
     monkeypatch.setattr(runner, "_sample_apart", _noting(runner._sample_apart, drawn))
-    found = runner._measure_activations()
-    assert found == 300 + 2 * 20 + runner.penalties.most_bytes(48)
+    found = runner._measure_activations(32)
+    assert found == 300 + 20 + max(20, padded) + runner.penalties.most_bytes(48)
     assert drawn[-1] == 6 and runner.kv == [] and runner.penalties._output_counts is None
 
 
@@ -216,6 +218,8 @@ def test_what_counts_as_a_decode_step():
     middle = ScheduledSequence(decode.seq, 0, 1, False)
     assert not is_decode(step_of(middle))
     scored = make_item(2, tokens=[1, 2], start=1, blocks=[0], slot=0, prompt_logprobs=1)
+    assert is_decode(step_of(scored)), "its prompt was scored before"
+    scored.seq.num_prompt_tokens = 3
     assert not is_decode(step_of(scored))
 
 
