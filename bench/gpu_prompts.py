@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--all-reduce", default="auto")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=1024, help="of the largest graph (1024)")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the largest graph (2048)")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     found = {"without": run(arguments, 0), "with": run(arguments, arguments.tokens)}

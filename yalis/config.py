@@ -81,7 +81,7 @@ class EngineConfig:
         overlap_scheduling: schedule one step ahead of the sampled tokens (one pipeline stage only); default on GPUs.
         enforce_eager: launch every step's kernels anew instead of replaying a CUDA graph.
         max_cudagraph_batch: largest decode batch that gets a CUDA graph; default ``max_num_seqs``, at most 256.
-        max_cudagraph_prefill: tokens of the largest step with prompts that gets a CUDA graph, 0 for none; default 1024,
+        max_cudagraph_prefill: tokens of the largest step with prompts that gets a CUDA graph, 0 for none; default 2048,
             at most ``max_num_batched_tokens``. Longer ones hide their launches.
         seed: seed of dummy weights and of requests without a seed of their own; fits 64 bits with a sign.
         distributed_timeout_s: a rank that is dead or silent for so long ends the run, in seconds; 1 to 1e6.

@@ -15,9 +15,6 @@ import torch
 
 _cuda: Any = torch.cuda  # its type information lacks the arguments
 
-# Runs before a capture: libraries choose kernels, Triton compiles, NCCL connects. None of it may happen inside.
-_WARMUPS = 2
-
 SizeT = TypeVar("SizeT", bound=Hashable)
 OutputT = TypeVar("OutputT")
 
@@ -84,8 +81,8 @@ class CudaGraphs(Generic[SizeT, OutputT]):
         """
         with torch.cuda.stream(memory.stream):
             prepare()
-            for _ in range(_WARMUPS):
-                body()
+            # Libraries choose kernels, Triton compiles, NCCL connects: none of it may happen inside of the capture.
+            body()
             memory.stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads (NCCL's watchdog) may call CUDA meanwhile: only this one's calls must be capturable.

@@ -1,7 +1,8 @@
 """Steps with prompts, padded to a few sizes over tensors that never move, so that a CUDA graph can replay them.
 
-Launched kernel by kernel, a short prompt is bound by the host: two H100 compute 512 tokens of an 8B model in a third of
-the time that launching takes. Long steps hide their launches, so only sizes up to a limit are padded.
+Launched kernel by kernel, a short prompt is bound by the host: on two H100 an 8B model's 16 to 400 tokens take three to
+ten times as long as replayed (docs/results/gpu-engine-two.md). Long steps hide their launches, so only sizes up to a
+limit are padded.
 
 A size has room for tokens and for sequences of two kinds: prompts, with any number of query tokens, and decodes, with
 one. Padding is harmless: its rows write no K and V (slot -1) and are read by nobody, and sequences that are not there
@@ -26,6 +27,8 @@ from yalis.utils.packing import Layout, host_buffer, send
 _SMALL_SIZES = (16, 32, 64)
 _SIZE_STEP = 128
 _DECODES = (0, 16, 64, 256)
+# Above so many tokens a few idle programs for decodes that are not there cost nothing to speak of: one size for all.
+_FEW_TOKENS = 512
 # Tokens for each prompt that a size has room for. More, shorter prompts at once run kernel by kernel.
 _TOKENS_A_PROMPT = 16
 
@@ -56,18 +59,16 @@ class PaddedSize:
 
 def padded_sizes(most_tokens: int, most_sequences: int) -> tuple[PaddedSize, ...]:
     """Sizes that get a graph, ascending: 16, 32, 64, 128, 256, 384, ... up to ``most_tokens``, which is always one of
-    them, each with room for 0, 16, 64, 256 decodes as far as there can be so many."""
+    them, each with room for no decodes and for as many as there can be, small ones also for 16, 64 and 256."""
     steps = {*_SMALL_SIZES, *range(_SIZE_STEP, most_tokens, _SIZE_STEP), most_tokens}
-    decodes = {n for n in _DECODES if n < most_sequences} | ({most_sequences} if most_sequences > 1 else set())
-    return tuple(
-        sorted(
-            PaddedSize(tokens, n, min(most_sequences, max(1, tokens // _TOKENS_A_PROMPT)))
-            for tokens in steps
-            if tokens <= most_tokens
-            for n in decodes
-            if n < tokens
-        )
-    )
+    sizes = []
+    for tokens in steps:
+        some = {n for n in _DECODES if n < most_sequences and (tokens <= _FEW_TOKENS or n == 0)}
+        prompts = min(most_sequences, max(1, tokens // _TOKENS_A_PROMPT))
+        for decodes in some | {most_sequences} if most_sequences > 1 else {0}:
+            if decodes < tokens <= most_tokens:
+                sizes.append(PaddedSize(tokens, decodes, prompts))
+    return tuple(sorted(sizes))
 
 
 @dataclass(frozen=True)

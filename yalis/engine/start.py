@@ -26,9 +26,9 @@ from yalis.utils.progress import byte_progress, count_progress, done_progress
 
 logger = get_logger(__name__)
 
-# Above them a step is long enough to hide its launches.
+# Above them a step is long enough to hide its launches. With two ranks that takes more than 1024 tokens of an 8B model.
 _MAX_GRAPH_BATCH = 256
-_MAX_GRAPH_TOKENS = 1024
+_MAX_GRAPH_TOKENS = 2048
 
 
 @dataclass(frozen=True)

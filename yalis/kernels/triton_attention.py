@@ -56,11 +56,9 @@ def _decode(
     index = tl.program_id(2)
     # Lengths and tables are inputs of the step, not written by its kernels: they may be read before the wait.
     sequence = index
-    present = True
     if LISTED:
-        sequence = tl.load(which + index)
-        present = sequence >= 0
-        sequence = tl.maximum(sequence, 0)
+        listed = tl.load(which + index)
+        sequence = tl.maximum(listed, 0)
     length = tl.load(seq_lens + sequence)
     token = tl.load(query_start + sequence).to(tl.int64)
     table = block_table + sequence.to(tl.int64) * table_step
@@ -73,7 +71,7 @@ def _decode(
     per_split = tl.cdiv(last_tile - first_tile, splits)
     used = tl.cdiv(last_tile - first_tile, per_split)
     if LISTED:
-        used = tl.where(present, used, 0)
+        used = tl.where(listed >= 0, used, 0)
     begin = first_tile + split * per_split
     end = tl.minimum(begin + per_split, last_tile)
     columns = tl.arange(0, DIM_PAD)
@@ -372,9 +370,8 @@ def _prefill(
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
-    sequence = tl.load(work + item * 2)
-    present = sequence >= 0
-    sequence = tl.maximum(sequence, 0)
+    listed = tl.load(work + item * 2)
+    sequence = tl.maximum(listed, 0)
     start = tl.load(work + item * 2 + 1)
     first_row = tl.load(query_start + sequence)
     count = tl.load(query_start + sequence + 1) - first_row
@@ -383,7 +380,7 @@ def _prefill(
         tl.extra.cuda.gdc_launch_dependents()
         # Before any return: a launch that ended without it would let its successors run ahead of its predecessors.
         tl.extra.cuda.gdc_wait()
-    if not present:
+    if listed < 0:
         return
 
     rows = tl.arange(0, ROWS)
