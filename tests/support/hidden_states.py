@@ -50,7 +50,7 @@ def worker(options: dict[str, Any]) -> dict[str, str]:
         return torch.cat((hidden, residuals[0]), -1)
 
     def body(static: StaticStep) -> StaticOutput:
-        return StaticOutput(hidden=both(static.token_ids, static.positions, static.attention))
+        return StaticOutput(raw_logits=both(static.token_ids, static.positions, static.attention))
 
     if runner.decode is None:
         runner.prepare_decode(max(BATCHES))
@@ -68,7 +68,7 @@ def worker(options: dict[str, Any]) -> dict[str, str]:
         items = [ScheduledSequence(seq, _PROMPT, 1, True) for seq in sequences[:count]]
         static = runner.decode.inputs.fill(ScheduledStep(items, count))
         for way, run in (("eager", body), ("captured", steps.run)):
-            output = run(static).hidden
+            output = run(static).raw_logits
             assert output is not None
             found[f"{way} {count}"] = _digest(output[:count])
     steps.release()

@@ -93,12 +93,12 @@ class CudaGraphs(Generic[SizeT, OutputT]):
                 graph.capture_end()
         self._graphs[size] = (graph, output)
 
-    def replay(self, size: SizeT) -> OutputT | None:
-        """Enqueue the graph of ``size`` and return what it leaves; None where there is none."""
-        found = self._graphs.get(size)
-        if found is None:
-            return None
-        graph, output = found
+    def __contains__(self, size: object) -> bool:
+        return size in self._graphs
+
+    def replay(self, size: SizeT) -> OutputT:
+        """Enqueue the graph of ``size`` and return what it leaves."""
+        graph, output = self._graphs[size]
         graph.replay()
         return output
 

@@ -68,14 +68,13 @@ class StaticStep:
 
 @dataclass(frozen=True)
 class StaticOutput:
-    """What a decode step leaves, at fixed addresses until the next replay.
+    """What a decode step leaves on the last stage, at fixed addresses until the next replay; nothing on the others.
 
     Attributes:
-        hidden: [B, hidden] for the next stage; None on the last.
-        raw_logits: [B, Vs] and token_ids [B] int64; None on the other stages.
+        raw_logits: [B, Vs].
+        token_ids: [B] int64.
     """
 
-    hidden: torch.Tensor | None = None
     raw_logits: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
 
@@ -258,8 +257,7 @@ class DecodeSteps:
 
     def run(self, static: StaticStep) -> StaticOutput:
         """Enqueue the step that `prepare` has prepared."""
-        found = self._graphs.replay(static.size)
-        return self._body(static) if found is None else found
+        return self._graphs.replay(static.size) if static.size in self._graphs else self._body(static)
 
     def capture(self, memory: GraphMemory, on_graph: Callable[[], None] | None = None) -> None:
         """Capture one graph per size. Collective where ``body`` is.

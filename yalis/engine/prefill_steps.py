@@ -80,7 +80,7 @@ class PaddedStep:
         token_ids, positions: [T] int64.
         rows: [B] int64, rows whose final hidden states are wanted.
         attention: of the step; the host's lengths are the longest possible.
-        hidden_in: [T, hidden] from the stage before; None on the first.
+        hidden_in: [T, hidden], where ``body`` puts what comes from the stage before; None on the first.
     """
 
     size: PaddedSize
@@ -201,7 +201,8 @@ class PrefillSteps:
 
     Args:
         inputs: the fixed inputs.
-        body: from inputs to hidden states; must do the same work whatever the values of its inputs.
+        body: from inputs to the final hidden states of ``rows``, None on stages before the last; must do the same work
+            whatever the values of its inputs.
         before: called with the inputs, query tokens and keys of each sequence that is there, before each run of
             ``body`` or replay, never within a graph: what a step needs from the host besides its inputs.
     """
@@ -209,13 +210,13 @@ class PrefillSteps:
     def __init__(
         self,
         inputs: PaddedInputs,
-        body: Callable[[PaddedStep], torch.Tensor],
+        body: Callable[[PaddedStep], torch.Tensor | None],
         before: Callable[[PaddedStep, Sequence[int], Sequence[int]], None],
     ):
         self.inputs = inputs
         self._body = body
         self._before = before
-        self._graphs = CudaGraphs[PaddedSize, torch.Tensor]()
+        self._graphs = CudaGraphs[PaddedSize, torch.Tensor | None]()
 
     @property
     def captured(self) -> list[int]:
@@ -233,23 +234,18 @@ class PrefillSteps:
         prompts = len(step.items) - decodes
         return next((size for size in self.inputs.sizes if size.holds(step.num_tokens, decodes, prompts)), None)
 
-    def run(self, size: PaddedSize, attention: AttentionBatch, hidden_in: torch.Tensor | None) -> torch.Tensor:
+    def run(self, size: PaddedSize, attention: AttentionBatch) -> torch.Tensor | None:
         """Enqueue the step whose inputs `PaddedInputs.send` has sent.
 
         Args:
             attention: of the step, for the lengths on the host.
-            hidden_in: [tokens, hidden] from the stage before; None on the first.
 
         Returns:
             what ``body`` returns, padding included; valid until the next run.
         """
         static = self.inputs.static(size)
-        if hidden_in is not None:
-            assert static.hidden_in is not None
-            static.hidden_in[: len(hidden_in)].copy_(hidden_in)
         self._before(static, attention.query_lens_host, attention.seq_lens_host)
-        found = self._graphs.replay(size)
-        return self._body(static) if found is None else found
+        return self._graphs.replay(size) if size in self._graphs else self._body(static)
 
     def capture(self, memory: GraphMemory, on_graph: Callable[[], None] | None = None) -> None:
         """Capture one graph per size. Collective where ``body`` is.

@@ -412,44 +412,28 @@ class Runner:
                 last_tokens=self.last_tokens if self.is_first_stage else None,
             )
         pending = PendingStep(step, ResultLayout(batch.samplers, batch.prompt_rows), started_s)
-        hidden_in: torch.Tensor | None = None
-        if not self.is_first_stage:
-            hidden_in = self._receive_hidden(step.num_tokens)
-        with self._timed_forward(pending), span(f"yalis.forward[{step.num_tokens} tokens]"):
-            hidden, whole = self._forward(batch, hidden_in, padded)
-            if self.is_last_stage:
-                pending.sampled = self._sample(batch, hidden, whole=whole)
-        self._hand_on(pending, hidden)
-        return pending
-
-    def _forward(
-        self, batch: ForwardBatch, hidden_in: torch.Tensor | None, padded: PaddedSize | None
-    ) -> tuple[torch.Tensor, bool]:
-        """Hidden states for the next stage; on the last one the final ones, and whether they are those of all rows and
-        not of the sampled ones only."""
         if padded is not None:
-            assert self.prefill is not None
-            self.counts.padded += 1
-            hidden = self.prefill.run(padded, batch.attention, hidden_in)
-            if self.is_last_stage:
-                return hidden[: len(batch.samplers)], False
-            return hidden[: len(batch.token_ids)].clone(), True  # still travelling when the next replay writes
+            self._execute_padded(pending, batch, padded)
+            return pending
         self.counts.other += 1
-        plan = self.attention.plan(batch.attention)
-        token_ids = batch.token_ids if self.is_first_stage else None
-        rows = batch.sample_rows if batch.only_samples else None
-        return self.model.forward(token_ids, batch.positions, hidden_in, self.kv, plan, rows), rows is None
-
-    def _padded_body(self, static: PaddedStep) -> torch.Tensor:
-        """A padded step from fixed inputs to hidden states, without sampling: what a graph holds."""
-        token_ids = static.token_ids if self.is_first_stage else None
-        plan = self._padded_plans[static.size]
-        return self.model.forward(token_ids, static.positions, static.hidden_in, self.kv, plan, static.rows)
-
-    @property
-    def _padded_inputs(self) -> PaddedInputs:
-        assert self.prefill is not None
-        return self.prefill.inputs
+        with span("yalis.prepare"):
+            plan = self.attention.plan(batch.attention)
+        hidden_in = None if self.is_first_stage else self._receive_hidden(step.num_tokens)
+        with self._timed_forward(pending), span(f"yalis.forward[{step.num_tokens} tokens]"):
+            token_ids = batch.token_ids if self.is_first_stage else None
+            rows = batch.sample_rows if batch.only_samples else None
+            hidden = self.model.forward(token_ids, batch.positions, hidden_in, self.kv, plan, rows)
+            if self.is_last_stage:
+                pending.sampled = self._sample(batch, hidden, whole=rows is None)
+        if self.is_last_stage:
+            self._return_tokens(pending)
+        else:
+            handle = self._send(self.pp, hidden, self.pp.rank + 1, "stage.hidden")
+            if self._clock is None:
+                pending.sends.append(handle)
+            else:  # the stream waits, not the host: the next message may be a graph's, and must not overtake this one
+                self._timed_transfer(handle.wait)
+        return pending
 
     def _send_apart(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         return packing.send(arrays, self.device)
@@ -487,7 +471,41 @@ class Runner:
         self._check()
         return StepResult(sampled.output.token_ids.tolist() if sampled.output is not None else [], sampled)
 
-    # ---- decode steps of fixed sizes --------------------------------------------------------------------------
+    # ---- steps of fixed sizes ---------------------------------------------------------------------------------
+    #
+    # Their bodies hold the transfers between stages, padding included, so that a graph is all there is to a step.
+
+    def _execute_padded(self, pending: PendingStep, batch: ForwardBatch, size: PaddedSize) -> None:
+        assert self.prefill is not None
+        self.counts.padded += 1
+        with self._timed_forward(pending), span(f"yalis.padded[{pending.step.num_tokens} of {size.tokens} tokens]"):
+            hidden = self.prefill.run(size, batch.attention)
+            if self.is_last_stage:
+                assert hidden is not None
+                pending.sampled = self._sample(batch, hidden[: len(batch.samplers)], whole=False)
+        if self.is_last_stage:
+            self._return_tokens(pending)
+
+    def _padded_body(self, static: PaddedStep) -> torch.Tensor | None:
+        """A padded step from fixed inputs to the final hidden states, without sampling: what a graph holds."""
+        token_ids = static.token_ids if self.is_first_stage else None
+        hidden_in = self._receive_static(static.hidden_in)
+        plan = self._padded_plans[static.size]
+        hidden = self.model.forward(token_ids, static.positions, hidden_in, self.kv, plan, static.rows)
+        if self.is_last_stage:
+            return hidden
+        self.pp.send(hidden, self.pp.rank + 1, tag="stage.hidden")
+        return None
+
+    @property
+    def _padded_inputs(self) -> PaddedInputs:
+        assert self.prefill is not None
+        return self.prefill.inputs
+
+    def _receive_static(self, hidden_in: torch.Tensor | None) -> torch.Tensor | None:
+        if hidden_in is not None:
+            self.pp.recv(hidden_in, self.pp.rank - 1, tag="stage.hidden")
+        return hidden_in
 
     def _execute_decode(self, decode: DecodeSteps, step: ScheduledStep) -> PendingStep:
         started_s = time.monotonic()
@@ -496,8 +514,6 @@ class Runner:
         pending = PendingStep(step, ResultLayout(step.items, []), started_s, is_decode=True)
         with span("yalis.prepare"):
             static = decode.prepare(step)
-        if not self.is_first_stage:
-            self._hidden_in[static.size][:count].copy_(self._receive_hidden(count))
         with self._timed_forward(pending), span(f"yalis.decode[{count} of {static.size}]"):
             output = decode.run(static)
             if self.is_last_stage:
@@ -514,11 +530,8 @@ class Runner:
                     logits = self.model.widen_logits(output.raw_logits[:count])
                     found = self._sample_apart(step.items, static.slots[:count], logits)
                 pending.sampled = self._deliver(Sampled(found, []))
-        if not self.is_last_stage:
-            assert output.hidden is not None
-            self._hand_on(pending, output.hidden[:count].clone())
-        else:
-            self._hand_on(pending, None)
+        if self.is_last_stage:
+            self._return_tokens(pending)
         return pending
 
     def _decode_body(self, static: StaticStep) -> StaticOutput:
@@ -526,10 +539,12 @@ class Runner:
         token_ids = None
         if self.is_first_stage:
             token_ids = feed_tokens(static.token_ids, static.slots, self.last_tokens)
+        hidden_in = self._receive_static(self._hidden_in.get(static.size))
         plan = self._decode_plans[static.size]
-        hidden = self.model.forward(token_ids, static.positions, self._hidden_in.get(static.size), self.kv, plan)
+        hidden = self.model.forward(token_ids, static.positions, hidden_in, self.kv, plan)
         if not self.is_last_stage:
-            return StaticOutput(hidden=hidden)
+            self.pp.send(hidden, self.pp.rank + 1, tag="stage.hidden")
+            return StaticOutput()
         raw = self.model.raw_logits(hidden)
         return StaticOutput(raw_logits=raw, token_ids=self._draw_plain(raw, static.draw, static.slots))
 
@@ -654,13 +669,9 @@ class Runner:
             lambda: self.pp.recv(src=self.pp.rank - 1, shape=shape, dtype=self.resolved.dtype, tag="stage.hidden")
         )
 
-    def _hand_on(self, pending: PendingStep, hidden: torch.Tensor | None) -> None:
-        """Send hidden states to the next stage, or from the last stage tokens to all others."""
+    def _return_tokens(self, pending: PendingStep) -> None:
+        """Send tokens from the last stage to all others."""
         if self.pp.size == 1:
-            return
-        if not self.is_last_stage:
-            assert hidden is not None
-            pending.sends.append(self._send(self.pp, hidden, self.pp.rank + 1, "stage.hidden"))
             return
         assert pending.sampled is not None
         for stage in range(self.pp.size - 1):
