@@ -27,7 +27,8 @@ from yalis.utils.packing import Layout, host_buffer, send
 _SMALL_SIZES = (16, 32, 64)
 _SIZE_STEP = 128
 _DECODES = (0, 16, 64, 256)
-# Above so many tokens a few idle programs for decodes that are not there cost nothing to speak of: one size for all.
+# Above so many tokens idle programs for decodes that are not there cost nothing to speak of (2 us a layer): one size
+# does for all, and each graph saved is memory for the KV cache.
 _FEW_TOKENS = 512
 # Tokens for each prompt that a size has room for. More, shorter prompts at once run kernel by kernel.
 _TOKENS_A_PROMPT = 16
@@ -59,15 +60,16 @@ class PaddedSize:
 
 def padded_sizes(most_tokens: int, most_sequences: int) -> tuple[PaddedSize, ...]:
     """Sizes that get a graph, ascending: 16, 32, 64, 128, 256, 384, ... up to ``most_tokens``, which is always one of
-    them, each with room for no decodes and for as many as there can be, small ones also for 16, 64 and 256."""
+    them, each with room for as many decodes as there can be, small ones also without and for 16, 64 and 256."""
     steps = {*_SMALL_SIZES, *range(_SIZE_STEP, most_tokens, _SIZE_STEP), most_tokens}
+    every = most_sequences if most_sequences > 1 else 0
     sizes = []
-    for tokens in steps:
-        some = {n for n in _DECODES if n < most_sequences and (tokens <= _FEW_TOKENS or n == 0)}
+    for tokens in (tokens for tokens in steps if tokens <= most_tokens):
         prompts = min(most_sequences, max(1, tokens // _TOKENS_A_PROMPT))
-        for decodes in some | {most_sequences} if most_sequences > 1 else {0}:
-            if decodes < tokens <= most_tokens:
-                sizes.append(PaddedSize(tokens, decodes, prompts))
+        room = {n for n in _DECODES if n < every and tokens <= _FEW_TOKENS} | {every}
+        sizes += [PaddedSize(tokens, n, prompts) for n in room if n < tokens]
+        if every >= tokens > _FEW_TOKENS:
+            sizes.append(PaddedSize(tokens, tokens - 1, prompts))
     return tuple(sorted(sizes))
 
 

@@ -20,7 +20,7 @@ from yalis.attention.registry import create_backend
 from yalis.comm.communicator import Communicator, Handle
 from yalis.engine import sampler
 from yalis.engine.batch import ForwardBatch, prepare_batch
-from yalis.engine.cuda_graphs import CaptureClock, CaptureReceipt, GraphMemory
+from yalis.engine.cuda_graphs import CaptureClock, CaptureReceipt, GraphLimits, GraphMemory, graph_nbytes
 from yalis.engine.decode_steps import DecodeInputs, DecodeSteps, StaticOutput, StaticStep, batch_sizes
 from yalis.engine.device_clock import DeviceClock, DeviceStep, StepInterval
 from yalis.engine.guided import Guides
@@ -219,19 +219,19 @@ class Runner:
             return
         ops.tune_products(products, batch_sizes(self.resolved.user.max_num_seqs), on_progress)
 
-    def allocate_kv(self, agree_min: Callable[[int], int], most_padded: int = 0) -> int:
+    def allocate_kv(self, agree_min: Callable[[int], int], graphs: GraphLimits) -> int:
         """Make the KV pages; every rank ends up with the same number of blocks.
 
         Args:
             agree_min: least value over all ranks.
-            most_padded: tokens of the largest padded step that graphs will hold; 0: none.
+            graphs: what will be captured, for which memory is left.
 
         Returns:
             number of blocks.
         """
         num_layers = len(self.model.layers_of_stage)
         block_bytes = kv_block_bytes(self.resolved, self.num_kv_heads, num_layers)
-        activation_bytes = self._measure_activations(most_padded) if self.device.type == "cuda" else 0
+        activation_bytes = self._measure_activations(graphs) if self.device.type == "cuda" else 0
         self.num_kv_blocks = agree_min(num_kv_blocks(self.resolved, block_bytes, activation_bytes))
         self.kv = self._make_pages(self.num_kv_blocks)
         logger.info(
@@ -255,18 +255,22 @@ class Runner:
         ]
 
     @torch.inference_mode()
-    def _measure_activations(self, most_padded: int) -> int:
+    def _measure_activations(self, graphs: GraphLimits) -> int:
         """Bytes of GPU memory that the largest steps take besides weights and pages; collective over the stage.
 
         Runs a prefill of as many tokens as a step may hold, one of as many as graphs will hold, and a decode of as many
         sequences as may run, the latter also with every row under filters, penalties and log-probabilities, over a few
-        pages that are dropped again. The decode counts twice, or beside what graphs hold if that is more, because
-        graphs keep memory of their own. Counts of tokens for penalties come on top: the first such request makes them
-        for good. Not in it is what penalties of very long sequences take for a moment.
+        pages that are dropped again. The decode counts twice, or beside the padded prefill if that is more, because
+        graphs keep memory of their own; they themselves and the counts of tokens for penalties, which the first such
+        request makes for good, come on top. Not in it is what penalties of very long sequences take for a moment.
         """
         user, block_size = self.resolved.user, self.resolved.user.block_size
         steps = _imaginary_steps(
-            user.max_num_batched_tokens, most_padded, self.resolved.max_model_len, user.max_num_seqs, block_size
+            user.max_num_batched_tokens,
+            graphs.prefill_tokens,
+            self.resolved.max_model_len,
+            user.max_num_seqs,
+            block_size,
         )
         self.kv = self._make_pages(max(1 + max(i.seq.table.blocks[-1] for i in step.items) for step in steps))
         peaks = []
@@ -283,7 +287,10 @@ class Runner:
         self.penalties = PenaltyState(user.max_num_seqs, self.vocab, self.device)
         torch.cuda.empty_cache()
         prefill, padded, decode, apart = peaks
-        return max(prefill, apart) + decode + max(decode, padded) + penalties
+        sizes = batch_sizes(min(graphs.decode_batch, user.max_num_seqs)) if graphs.decode_batch else ()
+        more = padded_sizes(graphs.prefill_tokens, user.max_num_seqs) if graphs.prefill_tokens else ()
+        held = graph_nbytes(len(sizes) + len(more), len(self.model.layers_of_stage))
+        return max(prefill, apart) + decode + max(decode, padded) + held + penalties
 
     def _run_imaginary(self, step: ScheduledStep) -> None:
         batch = prepare_batch(

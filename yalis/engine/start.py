@@ -14,7 +14,7 @@ import torch
 from yalis.comm.liveness import install_termination_handler
 from yalis.config import EngineConfig
 from yalis.engine.core import EngineCore
-from yalis.engine.cuda_graphs import CaptureReceipt
+from yalis.engine.cuda_graphs import CaptureReceipt, GraphLimits
 from yalis.engine.ranks import RankContext, rank_topology
 from yalis.engine.resolve import ResolvedConfig, resolve, resolve_device
 from yalis.engine.runner import Runner
@@ -98,7 +98,7 @@ def start_rank(config: EngineConfig, env: Mapping[str, str] | None = None) -> St
         # collective, where it would be taken for a loss.
         ranks.assemble("weights")
         graphs = _choose_graphs(runner)
-        num_blocks = runner.allocate_kv(ranks.agree_min, graphs.prefill_tokens)
+        num_blocks = runner.allocate_kv(ranks.agree_min, graphs)
         _capture(runner, graphs, show=ranks.is_root)
         ranks.assemble("start")
         capacity = num_blocks * config.block_size
@@ -120,16 +120,7 @@ def start_rank(config: EngineConfig, env: Mapping[str, str] | None = None) -> St
     return StartedRank(resolved, ranks, core, tokenizer, max_model_len, load_s)
 
 
-@dataclass(frozen=True)
-class GraphChoice:
-    """Which steps get CUDA graphs: decodes of up to ``decode_batch`` sequences, steps with prompts of up to
-    ``prefill_tokens`` tokens; 0 for none."""
-
-    decode_batch: int = 0
-    prefill_tokens: int = 0
-
-
-def _choose_graphs(runner: Runner) -> GraphChoice:
+def _choose_graphs(runner: Runner) -> GraphLimits:
     """What the user asked for or, by default, what can be captured.
 
     Raises:
@@ -141,10 +132,10 @@ def _choose_graphs(runner: Runner) -> GraphChoice:
         for name, value in asked.items():
             if value:
                 raise ConfigError(f"{name}={value}: there are no CUDA graphs on {runner.device}; leave it out")
-        return GraphChoice()
+        return GraphLimits()
     if user.enforce_eager:
         logger.info("enforce_eager: no CUDA graphs")
-        return GraphChoice()
+        return GraphLimits()
     most = {
         "max_cudagraph_batch": _MAX_GRAPH_BATCH,
         "max_cudagraph_prefill": min(_MAX_GRAPH_TOKENS, user.max_num_batched_tokens),
@@ -160,10 +151,10 @@ def _choose_graphs(runner: Runner) -> GraphChoice:
             what = "short prompts are" if prompts else "decode is"
             logger.warning("no CUDA graphs of it, so %s slower: %s", what, obstacle)
             chosen[name] = 0
-    return GraphChoice(chosen["max_cudagraph_batch"], chosen["max_cudagraph_prefill"])
+    return GraphLimits(chosen["max_cudagraph_batch"], chosen["max_cudagraph_prefill"])
 
 
-def _capture(runner: Runner, graphs: GraphChoice, *, show: bool) -> None:
+def _capture(runner: Runner, graphs: GraphLimits, *, show: bool) -> None:
     """Capture the chosen steps; collective."""
     if graphs.prefill_tokens:
         runner.prepare_prefill(graphs.prefill_tokens)

@@ -11,6 +11,7 @@ import torch
 from tests.support.checkpoints import DEMO
 from yalis import LLM
 from yalis.config import EngineConfig
+from yalis.engine.cuda_graphs import GraphLimits, graph_nbytes
 from yalis.engine.decode_steps import DecodeInputs, batch_sizes, is_decode, size_for
 from yalis.engine.handle import LocalEngine
 from yalis.engine.plain_draw import is_plain
@@ -123,8 +124,10 @@ def test_imaginary_steps_run_and_leave_nothing_behind(monkeypatch, padded):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
     drawn = []
     monkeypatch.setattr(runner, "_sample_apart", _noting(runner._sample_apart, drawn))
-    found = runner._measure_activations(32)
-    assert found == 300 + 20 + max(20, padded) + runner.penalties.most_bytes(48)
+    found = runner._measure_activations(GraphLimits(decode_batch=4, prefill_tokens=32))
+    # Decodes of 1, 2, 4; prompts of 16 and 32, each with and without room for decodes.
+    graphs = graph_nbytes(3 + 4, runner.resolved.model.num_layers)
+    assert found == 300 + 20 + max(20, padded) + graphs + runner.penalties.most_bytes(48)
     assert drawn[-1] == 6 and runner.kv == [] and runner.penalties._output_counts is None
 
 

@@ -32,7 +32,8 @@ def test_sizes():
     assert list(sizes) == sorted(sizes)
     assert {size.decodes for size in padded_sizes(1024, 1)} == {0}
     assert {size.decodes for size in padded_sizes(1024, 256) if size.tokens == 512} == {0, 16, 64, 256}
-    assert {size.decodes for size in padded_sizes(1024, 256) if size.tokens > 512} == {0, 256}
+    assert {size.decodes for size in padded_sizes(1024, 256) if size.tokens > 512} == {256}
+    assert {size.decodes for size in padded_sizes(1024, 1000) if size.tokens > 512} == {639, 767, 895, 1000}
     assert [size.tokens for size in padded_sizes(1, 4)] == [1]
 
 
