@@ -12,8 +12,8 @@ at most 15 percent, worst cell at most 30.
     yalis calibrate --device cuda --max-ranks 2 --output docs/results/data/plan-validation-calibrated.toml
     python bench/validate_plan.py --device cuda --cluster docs/results/data/plan-validation-calibrated.toml
 
-The same on two GPUs: Llama-3.1-8B's shape, TP 1 and 2, batch 1, 8 and 32 behind prompts of 512. One engine serves all
-batches of a layout, and one round is enough. The files are called plan-validation-calibrated.
+The same on two GPUs: Llama-3.1-8B's shape at TP 1 and 2 and 70B's at TP 2, batch 1, 8 and 32 behind prompts of 512. One
+engine serves all batches of a layout, and one round is enough. The files are called plan-validation-calibrated.
 """
 
 from __future__ import annotations
@@ -52,14 +52,13 @@ class Grid:
 
     Attributes:
         name: of the files that are written. where: for the page's title.
-        shapes: folders of models. schemes: (TP, PP). batches; input_len, output_len: tokens of a request.
+        models: folder of a shape and its schemes (TP, PP). batches; input_len, output_len: tokens of a request.
         max_load: load of the last minute at which to begin. rounds.
     """
 
     name: str
     where: str
-    shapes: tuple[str, ...]
-    schemes: tuple[tuple[int, int], ...]
+    models: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
     batches: tuple[int, ...]
     input_len: int
     output_len: int
@@ -67,15 +66,17 @@ class Grid:
     rounds: int
 
 
+_ON_CPU = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))
 GRIDS = {
     "cpu": Grid(
-        "plan-validation", "a CPU host", ("bench/shapes/llama-254m", "bench/shapes/qwen3-0.6b"),
-        ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2)), (1, 8), 128, 33, 0.5, 3,
+        "plan-validation", "a CPU host",
+        (("bench/shapes/llama-254m", _ON_CPU), ("bench/shapes/qwen3-0.6b", _ON_CPU)), (1, 8), 128, 33, 0.5, 3,
     ),
     # The requests are those of `yalis bench latency --table`.
     "cuda": Grid(
-        "plan-validation-calibrated", "GPUs, from a calibration", ("bench/shapes/llama-3.1-8b",),
-        ((1, 1), (2, 1)), (1, 8, 32), 512, 129, math.inf, 1,
+        "plan-validation-calibrated", "GPUs, from a calibration",
+        (("bench/shapes/llama-3.1-8b", ((1, 1), (2, 1))), ("bench/shapes/llama-3.1-70b", ((2, 1),))),
+        (1, 8, 32), 512, 129, math.inf, 1,
     ),
 }  # fmt: skip
 
@@ -93,9 +94,9 @@ def predictions(
     """
     cluster = load_cluster(cluster_file)
     found = {}
-    for shape in grid.shapes:
+    for shape, schemes in grid.models:
         model = ModelConfig.from_pretrained(ROOT / shape)
-        for tp, pp in grid.schemes:
+        for tp, pp in schemes:
             for reduce in all_reduces if tp > 1 and all_reduces else ("",):
                 for batch in grid.batches:
                     work = Workload(
@@ -150,7 +151,8 @@ def measure(
             command += ["--max-model-len", str(grid.input_len + grid.output_len), "--batch-size", str(cell["batch"])]
             command += ["--input-len", str(grid.input_len), "--output-len", str(grid.output_len)]
         else:
-            command += ["--table", "--max-model-len", "4096"]
+            # A GPU of 80 GB that holds half of 70B has room for few pages: it may fill up further than by default.
+            command += ["--table", "--max-model-len", "4096", "--gpu-memory-utilization", "0.95"]
         command += ["--num-iters", str(iters), "--num-iters-warmup", "1", "--output-json", str(out)]
         try:
             subprocess.run(command, cwd=ROOT, check=True, timeout=limit_s, capture_output=True, text=True)
@@ -373,7 +375,7 @@ def main() -> int:
     parser.add_argument("--all-reduce", default="", metavar="NAMES", help="of cells with TP, such as nccl,nvrar")
     parser.add_argument("--rounds", type=int, help="default: 3, on GPUs 1")
     parser.add_argument("--iters", type=int, default=3, help="runs of a cell in each round")
-    parser.add_argument("--limit-s", type=float, default=120.0, help="longest run of one cell")
+    parser.add_argument("--limit-s", type=float, default=200.0, help="longest run of one cell")
     parser.add_argument("--max-load", type=float, help="load of the last minute at which to begin (CPU: 0.5)")
     parser.add_argument("--patience-s", type=float, default=120.0, help="longest wait for that load")
     parser.add_argument("--cells", default="", metavar="TEXT", help="only cells whose name holds it; for a try")

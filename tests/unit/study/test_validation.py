@@ -94,10 +94,12 @@ def test_gpus_are_predicted_by_all_reduce_and_measured_a_layout_at_a_time(bench:
     grid = bench.GRIDS["cuda"]
     predicted = bench.predictions("2xh100", grid, "", ("nccl", "nvrar"))
     assert bench.together(predicted, "cuda") == [
-        [f"llama-3.1-8b {place} batch {batch}" for batch in (1, 8, 32)]
-        for place in ("TP1 PP1", "TP2 PP1 nccl", "TP2 PP1 nvrar")
-    ]
-    assert len(bench.predictions("2xh100", grid, "TP2")) == 3
+        [f"llama-3.1-{place} batch {batch}" for batch in (1, 8, 32)]
+        for place in (
+            "8b TP1 PP1", "8b TP2 PP1 nccl", "8b TP2 PP1 nvrar", "70b TP2 PP1 nccl", "70b TP2 PP1 nvrar"
+        )
+    ]  # fmt: skip
+    assert len(bench.predictions("2xh100", grid, "8b TP2")) == 3
     # The requests must be rows of the table that measures them.
     names = {shape.name for shape in DECODE_SHAPES}
     assert {f"{b}x{grid.input_len}+{grid.output_len}" for b in grid.batches} == names
@@ -120,7 +122,7 @@ def test_one_engine_measures_all_batches_of_a_table(bench: ModuleType, monkeypat
         Path(command[command.index("--output-json") + 1]).write_text(json.dumps({"samples": samples}))
 
     monkeypatch.setattr(bench.subprocess, "run", run)
-    predicted = bench.predictions("2xh100", bench.GRIDS["cuda"], "TP2", ("nccl",))
+    predicted = bench.predictions("2xh100", bench.GRIDS["cuda"], "8b TP2", ("nccl",))
     found = bench.measure(predicted, list(predicted), "cuda", 3, 60.0)
     assert found["llama-3.1-8b TP2 PP1 nccl batch 8"] == {"ttft_s": [8.0], "tpot_s": [8.0]}
     (command,) = commands
