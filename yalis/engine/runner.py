@@ -485,7 +485,7 @@ class Runner:
     def _execute_padded(self, pending: PendingStep, batch: ForwardBatch, size: PaddedSize) -> None:
         assert self.prefill is not None
         self.counts.padded += 1
-        with self._timed_forward(pending), span(f"yalis.padded[{pending.step.num_tokens} of {size.tokens} tokens]"):
+        with self._timed_forward(pending), span(f"yalis.forward[{pending.step.num_tokens} of {size.tokens} tokens]"):
             hidden = self.prefill.run(size, batch.attention)
             if self.is_last_stage:
                 assert hidden is not None

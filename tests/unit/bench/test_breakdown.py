@@ -126,7 +126,7 @@ def test_an_all_reduce_beside_computation_is_hidden():
 def test_prefills_are_left_out_unless_asked_for():
     events = hand_made()
     events += [
-        event("user_annotation", "yalis.forward[512 tokens]", 500.0, 20.0),
+        event("user_annotation", "yalis.forward[500 of 512 tokens]", 500.0, 20.0),
         event("cuda_driver", "cuLaunchKernelEx", 505.0, 5.0, correlation=77),
         event("kernel", "nvjet_gemm", 500.0, 300.0, correlation=77),
         *graph_step(800.0, 78, KERNELS, host_at=600.0),
