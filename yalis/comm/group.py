@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from yalis.comm.emulation import VARIABLE, EmulatedFabric, FabricEnd
+from yalis.comm.marks import BUFFERED_BYTES, SHORT_BYTES, find_marks
 from yalis.comm.policy import GroupShape
 from yalis.comm.topology import Topology
 from yalis.errors import CommError, PeerLostError, TopologyError
@@ -32,8 +33,7 @@ logger = get_logger(__name__)
 _c10d: Any = dist  # its type information lacks the stores and the backends' options
 
 _SHUTDOWN_S = 5.0
-WHOLE_BYTES = 64 << 10
-_HEAD_BYTES = 4 << 10  # a multiple of every dtype's size
+_MARK_BYTES = 8
 
 
 class WaitFailed(Exception):
@@ -71,8 +71,9 @@ class Group:
         shape: what the policy looks at; the same on every rank of the group.
         store: key-value store with a prefix that no other group uses.
         backend: gloo or NCCL process group over exactly these ranks.
-        waited_s: seconds in `swap` for partners that came late, beyond the shortest meeting seen; CPU only.
-        whole_bytes: longest message that travels in one piece between CPU ranks; the same on every rank.
+        waited_s: seconds in `swap` for partners that came late, beyond the shortest such meeting seen; CPU only.
+        short_bytes, buffered_bytes: longest messages that are their own marks (`yalis.comm.marks`); the same on every
+            rank.
         fabric: this rank's end of the emulated network between nodes; None where there is none.
     """
 
@@ -95,9 +96,11 @@ class Group:
         self.store: Any = None
         self.backend: Any = None
         self.waited_s = 0.0
-        self.whole_bytes = WHOLE_BYTES
+        self.short_bytes = self.buffered_bytes = SHORT_BYTES
         self.fabric: FabricEnd | None = None
-        self._meeting_s = float("inf")
+        # What marks say is that they came: all are sent from one place and received in another.
+        self._mark_out, self._mark_in = (torch.zeros(_MARK_BYTES, dtype=torch.uint8) for _ in range(2))
+        self._meetings_s: dict[int, float] = {}  # the shortest, by kind of mark
         self._nodes = nodes
 
     def connect(self, store: Any, backend: str) -> None:
@@ -132,6 +135,8 @@ class Group:
         # Ranks of one kernel may still live in network namespaces of their own, each with a loopback of its own.
         one_host = len({m.memory_domain for m in members}) == 1 and len({network for network, _ in words}) == 1
         self.backend = _backend(backend, self.store, self.index, self.size, self.timeout_s, one_host)
+        if one_host:
+            self.buffered_bytes = BUFFERED_BYTES
 
     def exchange(self, key: str, word: str, timeout_s: float | None = None) -> list[str]:
         """Every member's ``word`` in index order, through the store (setup only: milliseconds).
@@ -166,14 +171,28 @@ class Group:
 
     def isend(self, x: torch.Tensor, dst: int, tag: int = 0) -> Transfer:
         """Start to send contiguous ``x`` to member ``dst``; ``x`` must stay unchanged until the transfer ends."""
-        with _blame(dst):
-            return Transfer([self.backend.send([piece], dst, tag) for piece in self._pieces(x)], x, dst)
+        return self._send(x, dst, tag, self._has_mark(x))
 
     def irecv(self, out: torch.Tensor, src: int, tag: int = 0) -> Transfer:
         """Start to receive from member ``src`` into contiguous ``out``."""
-        fabric = self.fabric if self._nodes[src] != self._nodes[self.index] else None
-        with _blame(src):
-            return Transfer([self.backend.recv([piece], src, tag) for piece in self._pieces(out)], out, src, fabric)
+        return self._receive(out, src, tag, self._has_mark(out))
+
+    def _has_mark(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` goes with a mark when it goes alone: an emulated network must know when both ends had come, and
+        nobody else asks."""
+        return self.fabric is not None and x.nbytes > self.short_bytes
+
+    def _send(self, x: torch.Tensor, dst: int, tag: int, mark: bool) -> Transfer:
+        with _Blame(dst):
+            works = [self.backend.send([self._mark_out], dst, tag)] if mark else []
+            works.append(self.backend.send([x], dst, tag))
+        return Transfer(works, x, dst)
+
+    def _receive(self, out: torch.Tensor, src: int, tag: int, mark: bool) -> Transfer:
+        with _Blame(src):
+            works = [self.backend.recv([self._mark_in], src, tag)] if mark else []
+            works.append(self.backend.recv([out], src, tag))
+        return Transfer(works, out, src, self.fabric if self._nodes[src] != self._nodes[self.index] else None)
 
     def swap(
         self,
@@ -209,35 +228,65 @@ class Group:
         if self.fabric is not None and sends and self._crosses(sends):
             self.fabric.enter()
         entered_s = perf_counter()
-        arriving = [self.irecv(t, peer, tag) for t, peer in recvs]
-        leaving = [self.isend(t, peer, tag) for t, peer in sends]
-        # gloo sends once the receiver has asked for it: when the heads have left, the receivers have come. Of others
-        # the first that is heard is the head of what they send.
-        for transfer in leaving:
-            transfer.meet()
-        receivers = {peer for _, peer in sends}
-        for transfer in arriving:
-            if transfer.peer not in receivers:
-                transfer.meet()
-        met_s = perf_counter()
+        if (
+            len(sends) == len(recvs) == 1
+            and sends[0][1] == recvs[0][1]
+            and max(sends[0][0].nbytes, recvs[0][0].nbytes) <= self.buffered_bytes
+        ):
+            met_s, kind = self._swap_two(*sends[0], recvs[0][0], tag)
+        else:
+            met_s, kind = self._swap_many(sends, recvs, tag)
         if not answer:
-            self._meeting_s = min(self._meeting_s, met_s - entered_s)
-            self.waited_s += met_s - entered_s - self._meeting_s
-        for transfer in (*leaving, *arriving):
-            transfer.end()
+            meeting_s = met_s - entered_s
+            shortest_s = self._meetings_s[kind] = min(meeting_s, self._meetings_s.get(kind, meeting_s))
+            self.waited_s += meeting_s - shortest_s
         if self.fabric is not None:
             self.fabric.arrive([t.nbytes for t, peer in recvs if self._nodes[peer] != self._nodes[self.index]], met_s)
 
-    def _pieces(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """``x`` as it travels: long messages between CPU ranks as a head and the rest.
+    def _swap_two(self, x: torch.Tensor, peer: int, out: torch.Tensor, tag: int) -> tuple[float, int]:
+        """`_swap_many` of one message each way, where the one that leaves is the mark. It is what most exchanges are,
+        and in microseconds each object counts."""
+        with _Blame(peer):
+            arriving = self.backend.recv([out], peer, tag)
+            leaving = self.backend.send([x], peer, tag)
+            leaving.wait()
+            met_s = perf_counter()
+            arriving.wait()
+        return met_s, (x.nbytes // SHORT_BYTES).bit_length()
 
-        When the head has gone through, both ends were there, however long the rest takes; the price is one message
-        more (about 50 us through gloo), so short ones, whose own time is little, go whole.
-        """
-        if x.nbytes <= self.whole_bytes or self.device.type == "cuda":
-            return (x,)
-        flat, head = x.view(-1), _HEAD_BYTES // x.itemsize
-        return (flat[:head], flat[head:])
+    def _swap_many(
+        self, sends: Sequence[tuple[torch.Tensor, int]], recvs: Sequence[tuple[torch.Tensor, int]], tag: int
+    ) -> tuple[float, int]:
+        """Exchange all; returns when all had come, and the kind of the marks by what they take anyway: one that this
+        rank hears takes a way more than one that it sends, and a long one takes a copy."""
+        leave, come = find_marks(self.index, sends, recvs, self.short_bytes, self.buffered_bytes)
+        arriving, heard = self._start(self._receive, recvs, tag, come)
+        leaving, sent = self._start(self._send, sends, tag, leave)
+        kind = -1 if heard else (max(transfer.first_bytes for transfer in sent) // SHORT_BYTES).bit_length()
+        for transfer in (*sent, *heard):
+            transfer.meet()
+        met_s = perf_counter()
+        for transfer in (*arriving, *leaving):
+            transfer.end()
+        return met_s, kind
+
+    def _start(
+        self,
+        begin: Callable[[torch.Tensor, int, int, bool], Transfer],
+        messages: Sequence[tuple[torch.Tensor, int]],
+        tag: int,
+        marked: dict[int, bool],
+    ) -> tuple[list[Transfer], list[Transfer]]:
+        """Begin all messages. Those that tell of the meeting are given again: the first of each member in ``marked``,
+        with a message ahead where that says so."""
+        started, marks = [], []
+        for t, peer in messages:
+            mark = marked.pop(peer, None)
+            transfer = begin(t, peer, tag, bool(mark))
+            started.append(transfer)
+            if mark is not None:
+                marks.append(transfer)
+        return started, marks
 
     def _crosses(self, pieces: Sequence[tuple[torch.Tensor, int]]) -> bool:
         mine = self._nodes[self.index]
@@ -293,8 +342,13 @@ class Transfer:
         self._fabric = fabric
         self.peer = peer
 
+    @property
+    def first_bytes(self) -> int:
+        """Bytes of what goes first: the mark, where one goes ahead."""
+        return self._tensor.nbytes if len(self._works) == 1 else _MARK_BYTES
+
     def meet(self) -> None:
-        """Wait until both ends have come: the head has gone through. Once.
+        """Wait until both ends have come: the first message has gone through. Once.
 
         Raises:
             WaitFailed: the peer is gone or silent past the group's timeout.
@@ -307,9 +361,10 @@ class Transfer:
 
     def _wait_for_pieces(self, count: int) -> None:
         over, self._works = self._works[:count], self._works[count:]  # gloo's would wait for another message
-        with _blame(self.peer):
-            for work in over:
-                work.wait()
+        if over:
+            with _Blame(self.peer):
+                for work in over:
+                    work.wait()
 
     def wait(self) -> torch.Tensor:
         """Wait until the tensor may be reused (send) or read (receive) and return it. Raises as `meet`."""
@@ -326,12 +381,21 @@ class Transfer:
         return all(work.is_completed() for work in self._works)
 
 
-@contextmanager
-def _blame(peer: int | None) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # torch.distributed raises nothing narrower for lost connections and time-outs
-        raise WaitFailed(str(error), peer) from error
+class _Blame:
+    """Turns what torch.distributed raises for lost connections and time-outs, which has no narrower type, into
+    `WaitFailed` of ``peer``. A class, since a generator takes some microseconds more, several times a message."""
+
+    __slots__ = ("_peer",)
+
+    def __init__(self, peer: int | None):
+        self._peer = peer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise WaitFailed(str(error), self._peer) from error
 
 
 def wait_for(work: Any) -> None:
@@ -343,7 +407,7 @@ def wait_for(work: Any) -> None:
     Raises:
         WaitFailed: a member is gone or silent past the group's timeout.
     """
-    with _blame(None):
+    with _Blame(None):
         if work is not None:
             work.wait()
 

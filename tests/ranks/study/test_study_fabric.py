@@ -59,6 +59,7 @@ def split(
 
 SIZES = (16, 8 << 10, 256 << 10, 4 << 20)
 SHORT = SIZES[:3]  # where more ranks than cores move megabytes, they do wait for each other
+LONG = SIZES[2:]  # between nodes the first in one piece, the second with a mark ahead
 
 
 def _waited(sample: tuple[float, float, float]) -> float:
@@ -71,22 +72,23 @@ def _transfer(samples: list[tuple[float, float, float]]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "per_node", "algorithm", "tier", "sizes"),
+    ("ranks", "per_node", "algorithm", "tier", "sizes", "late_rank"),
     [
-        (2, 2, "shm", "intra", SIZES),
-        (3, 3, "shm", "intra", SHORT),
-        (2, 1, "rd", "inter", SIZES),
-        (4, 2, "rd", "both", SHORT),
+        (2, 2, "shm", "intra", SIZES, 0),
+        (3, 3, "shm", "intra", SHORT, 0),
+        (2, 1, "rd", "inter", SIZES, 0),
+        (2, 1, "rd", "inter", LONG, 1),  # of two ranks the one hears the mark, the other sends it
+        (4, 2, "rd", "both", SHORT, 0),
     ],
 )
 def test_wait_for_a_late_rank_is_told_from_the_transfer(
-    ranks: int, per_node: int, algorithm: str, tier: str, sizes: tuple[int, ...]
+    ranks: int, per_node: int, algorithm: str, tier: str, sizes: tuple[int, ...], late_rank: int
 ) -> None:
     # Between nodes the declared network dwarfs what a busy host adds; inside one nothing can be declared.
     alpha_s, bytes_per_s, delay_s = 40 * MS, 1e8, 120 * MS
     env = {"YALIS_EMULATED_FABRIC": f"alpha_s={alpha_s},bytes_per_s={bytes_per_s}"} if algorithm == "rd" else {}
 
-    args = (per_node, algorithm, 0, (0.0, delay_s), sizes)
+    args = (per_node, algorithm, late_rank, (0.0, delay_s), sizes)
     results = run_ranks(split, ranks, *args, timeout_s=100, torch_store=True, env=env)
     control, late = ([result.value[index] for result in results] for index in range(2))
     for rank in range(ranks):
@@ -94,7 +96,7 @@ def test_wait_for_a_late_rank_is_told_from_the_transfer(
             moving_s = _transfer(control[rank][nbytes])
             wait_s = statistics.median(map(_waited, late[rank][nbytes]))
             assert min(map(_waited, control[rank][nbytes])) < 0.1 * delay_s, (rank, nbytes)
-            if rank == 0:
+            if rank == late_rank:
                 assert wait_s < 0.1 * delay_s, nbytes
             else:
                 assert wait_s == pytest.approx(delay_s, rel=0.10), (rank, nbytes)
@@ -110,12 +112,14 @@ def test_wait_for_a_late_rank_is_told_from_the_transfer(
 def test_who_folds_in_hears_how_long_its_partner_waited() -> None:
     alpha_s, delay_s = 40 * MS, 200 * MS
     env = {"YALIS_EMULATED_FABRIC": f"alpha_s={alpha_s}"}
-    results = run_ranks(split, 3, 1, "rd", 1, (delay_s,), (16,), timeout_s=60, torch_store=True, env=env)
+    sizes = (16, 256 << 10)
+    results = run_ranks(split, 3, 1, "rd", 1, (delay_s,), sizes, timeout_s=60, torch_store=True, env=env)
     # Node 2 hands its part to node 0, which is an alpha later where it meets node 1.
     for rank, hops in ((0, 2), (2, 3)):
-        samples = results[rank].value[0][16]
-        assert statistics.median(map(_waited, samples)) == pytest.approx(delay_s - alpha_s, rel=0.10)
-        assert _transfer(samples) == pytest.approx(hops * alpha_s, rel=0.10)
+        for nbytes in sizes:
+            samples = results[rank].value[0][nbytes]
+            assert statistics.median(map(_waited, samples)) == pytest.approx(delay_s - alpha_s, rel=0.10)
+            assert _transfer(samples) == pytest.approx(hops * alpha_s, rel=0.10)
 
 
 @pytest.mark.parametrize(("per_node", "algorithm"), [(2, "shm"), (1, "rd")])
@@ -216,6 +220,36 @@ def test_messages_of_one_exchange_travel_at_the_same_time() -> None:
     env = {"YALIS_EMULATED_FABRIC": f"alpha_s={alpha_s}"}
     results = run_ranks(several_at_once, 4, timeout_s=100, torch_store=True, env=env)
     assert all(r.value == pytest.approx(alpha_s, rel=0.10) for r in results)
+
+
+# Bytes of the messages of one exchange, by sender and receiver; a mark goes ahead of some.
+MIXED = {(0, 1): (8, 200_000), (1, 0): (300_000,), (1, 2): (300_000, 16), (0, 2): (600_000,), (2, 0): (700_000, 4)}
+
+
+def mixed_sizes(turns: int) -> bool:
+    """Whether all messages of exchanges that mix long and short, one way and both, arrive where they belong."""
+    right = True
+    with _comm(1, "rd") as comm:
+        for turn in range(turns):
+            sends: list[tuple[torch.Tensor, int]] = []
+            wanted: list[tuple[torch.Tensor, int]] = []
+            for (src, dst), sizes in MIXED.items():
+                for place, nbytes in enumerate(sizes):
+                    x = torch.full((nbytes,), 1 + 50 * src + 10 * dst + 3 * place + turn, dtype=torch.uint8)
+                    if src == comm.rank:
+                        sends.append((x, dst))
+                    elif dst == comm.rank:
+                        wanted.append((x, src))
+            boxes = [(torch.empty_like(x), src) for x, src in wanted]
+            comm.group.swap(sends, boxes, 9)
+            right &= all(torch.equal(box, x) for (box, _), (x, _) in zip(boxes, wanted, strict=True))
+    return right
+
+
+@pytest.mark.parametrize("env", [{}, {"YALIS_EMULATED_FABRIC": "alpha_s=0.002"}])
+def test_marks_do_not_get_between_the_messages(env: dict[str, str]) -> None:
+    results = run_ranks(mixed_sizes, 3, 3, timeout_s=60, torch_store=True, env=env)
+    assert all(result.value for result in results)
 
 
 def test_what_the_emulation_cannot_carry_is_refused() -> None:

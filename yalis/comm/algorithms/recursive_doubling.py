@@ -113,11 +113,10 @@ class RecursiveDoubling(Algorithm):
         power = 1 << (self._nodes.bit_length() - 1)
         extras = self._nodes - power
         arrived = torch.empty_like(shard)
-        # Who folds in cannot see the doubling: its partner tells it with the result how long it waited there.
-        waited = torch.zeros(1 if extras and shard.device.type == "cpu" else 0, dtype=torch.float64)
         if self._node >= power:
             partner = self._counterpart(self._node - power)
             self.group.swap([(shard, partner)], [], _TAG_FOLD)
+            waited = _waiting_box(shard)
             self.group.swap([], [(shard, partner), (waited, partner)], _TAG_UNFOLD, answer=True)
             self.group.waited_s += float(waited.sum())
             return
@@ -135,6 +134,13 @@ class RecursiveDoubling(Algorithm):
             torch.add(low, high, out=shard)
             step, distance = step + 1, distance * 2
         if self._node < extras:
+            waited = _waiting_box(shard)
             waited += self.group.waited_s - before_s
             peer = self._counterpart(self._node + power)
             self.group.swap([(shard, peer), (waited, peer)], [], _TAG_UNFOLD, answer=True)
+
+
+def _waiting_box(shard: torch.Tensor) -> torch.Tensor:
+    """For the seconds of waiting that go with the result: who folds in cannot see the doubling, so its partner tells it
+    how long it waited there. Empty where nobody measures."""
+    return torch.zeros(1 if shard.device.type == "cpu" else 0, dtype=torch.float64)
