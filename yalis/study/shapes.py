@@ -126,7 +126,7 @@ _CPU = Models(
 # tell what layers or their weights cost has to outlast that, so the shallow, the wide and the attending models have
 # many; not too many, because a graph of a thousand kernels takes longer for each of them (64 layers 16 us each, 160
 # layers 24). What a sequence costs is told by 32, because kernels for one row are others than those for a few. A
-# prompt's kernels are launched one by one, so what its arrival costs is told by a model of few layers. The wide one has
+# prompt's arrival is told by a model of few layers, whose own time is little beside it. The wide one has
 # 482 MB a layer and 5.8 GB in all: the engine tunes its products on two ranks as well, and a layer's prefill outlasts
 # its launch. The sizes are no well-known model's. Prompts of the attending models are long, because a short one takes
 # no longer than its launch.
