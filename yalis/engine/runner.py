@@ -26,15 +26,13 @@ from yalis.engine.device_clock import DeviceClock, DeviceStep, StepInterval
 from yalis.engine.guided import Guides
 from yalis.engine.plain_draw import PlainDraw, draw_plain, feed_tokens, is_plain
 from yalis.engine.prefill_steps import PaddedInputs, PaddedSize, PaddedStep, PrefillSteps, padded_sizes
-from yalis.engine.request import Sequence as Request
 from yalis.engine.resolve import ResolvedConfig, kv_block_bytes, num_kv_blocks
 from yalis.engine.results import PromptScores, ResultLayout, Sampled, pack, packed_size, to_host, unpack
 from yalis.engine.sampler import PenaltyState, SamplerOutput, VocabShard
-from yalis.engine.sampling_params import SamplingParams
 from yalis.engine.scheduler import ScheduledSequence, ScheduledStep
+from yalis.engine.trial import imaginary_steps
 from yalis.errors import EngineDeadError
 from yalis.kernels import ops
-from yalis.kvcache.block_manager import BlockTable
 from yalis.models.base import CausalLM, ModelContext, attention_spec
 from yalis.models.registry import build_model
 from yalis.utils import packing
@@ -265,7 +263,7 @@ class Runner:
         request makes for good, come on top. Not in it is what penalties of very long sequences take for a moment.
         """
         user, block_size = self.resolved.user, self.resolved.user.block_size
-        steps = _imaginary_steps(
+        steps = imaginary_steps(
             user.max_num_batched_tokens,
             graphs.prefill_tokens,
             self.resolved.max_model_len,
@@ -359,7 +357,9 @@ class Runner:
 
     def capture_obstacle(self, *, prompts: bool) -> str | None:
         """What a CUDA graph of a decode step (or a step with ``prompts``) could not hold; None if there is nothing."""
-        if not (self.attention.captures_prompts if prompts else self.attention.capturable):
+        if prompts and not self.attention.captures_prompts:
+            return f"attention backend {self.attention.name!r} cannot attend to prompts inside of a graph"
+        if not self.attention.capturable:
             return f"attention backend {self.attention.name!r} looks at host values in every layer"
         if self.tp.uncapturable:
             return f"all-reduce {', '.join(self.tp.uncapturable)} waits on the host"
@@ -700,42 +700,3 @@ class Runner:
         handle = group.isend(x, dst, tag=tag)
         self.pipeline_s += time.perf_counter() - started
         return handle
-
-
-# All that a request may ask for after the graph, at once; so much of the mass that no few candidates hold it.
-_ALL_RULES = SamplingParams(temperature=1.0, top_p=1.0 - 1e-12, repetition_penalty=1.1, logprobs=20)
-
-
-def _imaginary_steps(
-    most_tokens: int, most_padded: int, max_model_len: int, most_seqs: int, block_size: int
-) -> list[ScheduledStep]:
-    """The largest steps, which no request asked for: a prefill, one that is padded (the smallest there is if none
-    is), a decode, and a decode under `_ALL_RULES`."""
-    decode = [1] * most_seqs, [block_size - 1] * most_seqs, 1
-    return [
-        _imaginary_prefill(most_tokens, max_model_len, most_seqs, block_size),
-        _imaginary_prefill(max(1, most_padded), max_model_len, most_seqs, block_size),
-        _imaginary_step(*decode),
-        _imaginary_step(*decode, params=_ALL_RULES),
-    ]
-
-
-def _imaginary_prefill(tokens: int, max_model_len: int, most_seqs: int, block_size: int) -> ScheduledStep:
-    longest = min(tokens, max_model_len)
-    whole, rest = divmod(tokens, longest)
-    lengths = ([longest] * whole + [rest] * (rest > 0))[:most_seqs]
-    return _imaginary_step(lengths, [0] * len(lengths), -(-longest // block_size))
-
-
-def _imaginary_step(
-    lengths: list[int], starts: list[int], blocks_each: int, *, params: SamplingParams | None = None
-) -> ScheduledStep:
-    """Sequence ``i`` computes ``lengths[i]`` tokens from ``starts[i]`` on."""
-    params = params or SamplingParams(temperature=1.0)
-    items = []
-    for index, (length, start) in enumerate(zip(lengths, starts, strict=True)):
-        seq = Request(index, [0] * (start + length), start + length, params, 0, 1)
-        seq.table = BlockTable(blocks=list(range(index * blocks_each, (index + 1) * blocks_each)))
-        seq.slot = index
-        items.append(ScheduledSequence(seq, start, length, True))
-    return ScheduledStep(items, sum(lengths))

@@ -16,11 +16,11 @@ from yalis.engine.decode_steps import DecodeInputs, batch_sizes, is_decode, size
 from yalis.engine.handle import LocalEngine
 from yalis.engine.plain_draw import is_plain
 from yalis.engine.request import Sequence
-from yalis.engine.runner import _imaginary_steps
 from yalis.engine.sampler import PenaltyState, VocabShard
 from yalis.engine.sampling_params import SamplingParams
 from yalis.engine.scheduler import ScheduledSequence, ScheduledStep
 from yalis.engine.start import start_rank
+from yalis.engine.trial import imaginary_steps
 from yalis.kvcache.block_manager import BlockTable
 from yalis.utils.packing import Layout, pinned, send
 
@@ -95,7 +95,7 @@ def test_the_copies_of_all_kinds_have_a_place():
     ],
 )
 def test_imaginary_steps_are_the_largest_that_can_be(tokens, model_len, seqs, lengths):
-    prefill, padded, decode, apart = _imaginary_steps(tokens, 40, model_len, seqs, 16)
+    prefill, padded, decode, apart = imaginary_steps(tokens, 40, model_len, seqs, 16)
     assert padded.num_tokens == 40 and max(item.num_tokens for item in padded.items) == min(40, model_len)
     assert [item.num_tokens for item in prefill.items] == lengths
     assert prefill.num_tokens == sum(lengths) == min(tokens, model_len * seqs)
