@@ -1,25 +1,35 @@
-"""Processes forked from one with torch loaded: its import costs each new process a second of a core.
+"""Processes forked from one with torch and the engine loaded: those imports cost each new process 1.4 s of a core.
 
 The server that forks is one of multiprocessing's, one for each process that runs tests, and has no threads. Not under
-coverage, which watches programs, and not where there may be a GPU.
+coverage, which watches programs, and not where there may be a GPU. What a start from nothing is like is seen wherever
+`yalis` itself starts ranks, and by the tests of launchers.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
-from multiprocessing import get_context
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import get_context, reduction
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-_PRELOAD = ["torch", "torch.distributed", "yalis.comm.communicator", "yalis.comm.shm", "tests.ranks.comm.work"]
-
+_PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torch.distributed.elastic.agent.server.local_elastic_agent",
+    "yalis.comm.communicator",
+    "yalis.comm.shm",
+    "yalis.engine.llm",
+    "tests.ranks.comm.work",
+]
 _READ_BY_IMPORTS = {"PYTHONPATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"}
 
 
@@ -31,13 +41,26 @@ def fork_context() -> ForkServerContext:
     return context
 
 
-def may_fork(changed: Mapping[str, str]) -> bool:
-    """Whether a process may be forked that is to have these variables besides: imports have read some of them."""
+def may_fork(env: Mapping[str, str] | None) -> bool:
+    """Whether a process with this environment (None: ours) may be forked: imports have read some of it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     watched = any(name.startswith(("COV_CORE", "COVERAGE_")) for name in os.environ)
-    return (
-        hidden and not watched and changed.keys().isdisjoint({"PYTHONPATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"})
-    )
+    same = env is None or all(env.get(name) == os.environ.get(name) for name in _READ_BY_IMPORTS)
+    return hidden and not watched and same
+
+
+class _Descriptor:
+    """A file descriptor that reaches the child."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return _inherited, (reduction.DupFd(self.number),)
+
+
+def _inherited(duplicate: Any) -> _Descriptor:
+    return _Descriptor(duplicate.detach())
 
 
 class Forked:
@@ -45,17 +68,43 @@ class Forked:
 
     Args:
         function: at module level; its end is the interpreter's, as that of a program.
-        env: the whole environment. cwd: its folder. out, err: files for what it prints.
+        env: the whole environment; None: ours.
+        cwd: its folder.
+        stdin, stdout, stderr: as Popen's; text.
     """
 
     def __init__(
-        self, function: Callable[..., Any], *args: Any, env: Mapping[str, str], cwd: Path, out: Path, err: Path
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        stdin: int | IO[Any] = subprocess.DEVNULL,
+        stdout: int | IO[Any] = subprocess.DEVNULL,
+        stderr: int | IO[Any] = subprocess.DEVNULL,
     ) -> None:
-        for path in (out, err):
-            path.touch()  # it may be read before the process is there
-        begin = (function, args, dict(env), str(cwd), str(out), str(err))
+        self.stdin: IO[str] | None = None
+        self.stdout: IO[str] | None = None
+        self.stderr: IO[str] | None = None
+        theirs, opened = [], []
+        for name, where in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
+            if where == subprocess.PIPE:
+                ends = os.pipe()  # to read, to write
+                child, ours = ends if name == "stdin" else ends[::-1]
+                setattr(self, name, os.fdopen(ours, "w" if name == "stdin" else "r"))
+                opened.append(child)
+            elif where == subprocess.DEVNULL:
+                child = os.open(os.devnull, os.O_RDWR)
+                opened.append(child)
+            else:
+                assert not isinstance(where, int)
+                child = where.fileno()
+            theirs.append(_Descriptor(child))
+        begin = (function, args, dict(os.environ if env is None else env), str(cwd), theirs)
         self._process = fork_context().Process(target=_begin, args=begin, daemon=True)
         self._process.start()
+        for child in opened:
+            os.close(child)
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -77,7 +126,7 @@ class Forked:
         self._process.join(timeout)
         code = self._process.exitcode
         if code is None:
-            raise subprocess.TimeoutExpired("a forked rank", timeout or 0.0)
+            raise subprocess.TimeoutExpired("a forked process", timeout or 0.0)
         return code
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -90,16 +139,52 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def start_module(
+    words: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None, **streams: Any
+) -> subprocess.Popen[str] | Forked:
+    """``python -m words[0] words[1:]``, forked where that is possible; ``streams`` as Popen's."""
+    if may_fork(env):
+        return Forked(_run_module, list(words), cwd=cwd, env=env, **streams)
+    return subprocess.Popen([sys.executable, "-m", *words], cwd=cwd, env=env, text=True, **streams)
+
+
+def run_module(
+    *words: str, cwd: Path, timeout: float, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`start_module`, its end and what it printed; without input.
+
+    Raises:
+        subprocess.TimeoutExpired: it ran on, and was killed.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = start_module(words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        try:
+            code = process.wait(timeout)
+        except BaseException:
+            process.kill()
+            process.wait(10)
+            raise
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(list(words), code, out.read(), err.read())
+
+
+def _run_module(words: list[str]) -> None:
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
 def _begin(
-    function: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str], cwd: str, out: str, err: str
+    function: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str], cwd: str, streams: list[_Descriptor]
 ) -> None:
-    for path, flags, number in ((os.devnull, os.O_RDONLY, 0), (out, os.O_WRONLY, 1), (err, os.O_WRONLY, 2)):
-        opened = os.open(path, flags)
-        os.dup2(opened, number)
-        os.close(opened)
+    for number, stream in enumerate(streams):
+        os.dup2(stream.number, number)
+        os.close(stream.number)
+    sys.stdin = os.fdopen(0, closefd=False)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    tempfile.tempdir = None  # was found before TMPDIR was known
     try:
         function(*args)
     finally:  # multiprocessing ends its children without what programs registered for their end

@@ -121,9 +121,11 @@ class RankProcesses:
         common |= dict(env or {})
         source = sys.modules[function.__module__].__file__
         (folder / "call").write_bytes(pickle.dumps((str(source), function.__qualname__, args)))
-        start = _fork if torch_store and _may_fork(env or {}) else _start
-        self.processes: list[subprocess.Popen[bytes] | Forked] = [
-            start(folder, rank, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(nproc)
+        # Imports of the process that forks have read some of its variables.
+        fork = torch_store and not (env and "PYTHONPATH" in env)
+        self.processes = [
+            _start(folder, rank, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, fork=fork)
+            for rank in range(nproc)
         ]
 
     def __enter__(self) -> RankProcesses:
@@ -188,9 +190,14 @@ class RankProcesses:
         return results
 
 
-def _start(folder: Path, rank: int, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A rank as a program of its own."""
+def _start(folder: Path, rank: int, env: Mapping[str, str], *, fork: bool) -> subprocess.Popen[bytes] | Forked:
+    """A rank: a program of its own, or with ``fork``, where that is possible, forked with torch loaded."""
     with (folder / f"{rank}.out").open("wb") as out, (folder / f"{rank}.err").open("wb") as err:
+        if fork:
+            from tests.support.forked import Forked, may_fork  # not in ranks that are programs of their own
+
+            if may_fork({**env, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}):
+                return Forked(_main, folder, rank, env=env, cwd=ROOT, stdout=out, stderr=err)
         return subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), str(folder), str(rank)],
             env=env,
@@ -199,19 +206,6 @@ def _start(folder: Path, rank: int, env: Mapping[str, str]) -> subprocess.Popen[
             stderr=err,
             cwd=ROOT,
         )
-
-
-def _may_fork(env: Mapping[str, str]) -> bool:
-    from tests.support.forked import may_fork  # not in ranks that are programs of their own
-
-    return may_fork(env)
-
-
-def _fork(folder: Path, rank: int, env: Mapping[str, str]) -> Forked:
-    """A rank that starts with torch loaded."""
-    from tests.support.forked import Forked
-
-    return Forked(_main, folder, rank, env=env, cwd=ROOT, out=folder / f"{rank}.out", err=folder / f"{rank}.err")
 
 
 def run_ranks(
