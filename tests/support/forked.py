@@ -149,15 +149,22 @@ def start_module(
 
 
 def run_module(
-    *words: str, cwd: Path, timeout: float, env: Mapping[str, str] | None = None
+    *words: str, cwd: Path, timeout: float, env: Mapping[str, str] | None = None, input: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`start_module`, its end and what it printed; without input.
+    """`start_module`, its end and what it printed; reads ``input`` from its stdin.
 
     Raises:
         subprocess.TimeoutExpired: it ran on, and was killed.
     """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = start_module(words, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+    with (
+        tempfile.TemporaryFile("w+") as given,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+    ):
+        given.write(input or "")
+        given.flush()
+        given.seek(0)
+        process = start_module(words, cwd=cwd, env=env, stdin=given, stdout=out, stderr=err)
         try:
             code = process.wait(timeout)
         except BaseException:
