@@ -45,7 +45,7 @@ def may_fork(env: Mapping[str, str] | None) -> bool:
     """Whether a process with this environment (None: ours) may be forked: imports have read some of it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     watched = any(name.startswith(("COV_CORE", "COVERAGE_")) for name in os.environ)
-    same = env is None or all(env.get(name) == os.environ.get(name) for name in _READ_BY_IMPORTS)
+    same = env is None or all(env.get(name, "") == os.environ.get(name, "") for name in _READ_BY_IMPORTS)
     return hidden and not watched and same
 
 
