@@ -16,7 +16,10 @@ START_AND_RUN_S = 100.0
 
 
 def generated(
-    folder: Path, prompts: Sequence[list[int]], params: SamplingParams, options: dict[str, Any]
+    folder: Path,
+    prompts: Sequence[str | list[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    options: dict[str, Any],
 ) -> tuple[list[RequestOutput], Info, EngineStats]:
     """What rank 0 gives: outputs, what the engine is made of, its counters; the outputs of all ranks are the same."""
     ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
@@ -29,7 +32,10 @@ def generated(
 
 
 def _generate(
-    folder: str, prompts: list[list[int]], params: SamplingParams, options: dict[str, Any]
+    folder: str,
+    prompts: list[str | list[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    options: dict[str, Any],
 ) -> tuple[list[RequestOutput], Info, EngineStats | None]:
     with LLM(folder, **options) as llm:
         return llm.generate(prompts, params), llm.info, llm.stats() if llm.is_root else None
