@@ -27,34 +27,45 @@ if "PYTEST_XDIST_WORKER" not in os.environ and not any("tests/gpu" in argument f
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Files of 15 s and more, the longest first: several files run at a time, and none of these is to be alone at the end.
+# Those that mostly wait for deadlines take turns with those that compute, so that the cores have work beside a wait.
 _LONG = (
-    "ranks/test_engine_failures.py",
-    "ranks/server/test_loss.py",
+    "ranks/test_engine_failures.py",  # waits
     "ranks/study/test_study_end_to_end.py",
-    "kernels/nvrar/test_protocol.py",
-    "ranks/server/test_launches.py",
+    "ranks/server/test_loss.py",  # waits
     "ranks/test_engine_parallel.py",
-    "ranks/study/test_study_fabric.py",
-    "ranks/test_cli_bench.py",
+    "ranks/server/test_launches.py",  # waits
     "ranks/study/test_study_small.py",
-    "ranks/test_liveness.py",
-    "kernels/nvrar/test_cuda_build.py",
+    "kernels/nvrar/test_protocol.py",
+    "ranks/test_cli_bench.py",
+    "ranks/study/test_study_fabric.py",  # waits
     "ranks/comm/test_collectives.py",
-    "ranks/server/test_bench_and_page.py",
-    "ranks/test_launch.py",
-    "unit/test_cli_generate.py",
+    "ranks/test_liveness.py",  # waits
+    "kernels/nvrar/test_cuda_build.py",
+    "ranks/server/test_bench_and_page.py",  # waits
+    "unit/models/test_against_transformers.py",
+    "ranks/test_launch.py",  # waits
     "unit/engine/test_sampler.py",
-    "ranks/server/test_forms.py",
-    "unit/study/test_study_run.py",
-    "unit/bench/test_load_test.py",
-    "ranks/test_joined_launch.py",
+    "ranks/server/test_load.py",  # waits
     "ranks/test_guided_parallel.py",
-    "ranks/test_cli_demo.py",
-    "ranks/server/test_load.py",
+    "ranks/server/test_one_does_not_hold_up_others.py",  # waits
+    "unit/weights/test_loader.py",
+    "ranks/server/test_openai_client.py",
+    "ranks/test_joined_launch.py",
+    "unit/bench/test_load_test.py",  # waits
     "ranks/test_tune.py",
+    "unit/study/test_study_run.py",  # waits
     "unit/test_bad_input.py",
+    "ranks/server/test_forms.py",
+    "ranks/test_cli_demo.py",
+    "unit/test_cli_generate.py",
+    "ranks/comm/test_bench_command.py",
+    "ranks/test_cli_launchers.py",
+    "unit/server/test_tools.py",
+    "ranks/comm/test_nvrar.py",
+    "ranks/study/test_study_sweep.py",  # waits
+    "unit/engine/test_llm_reference.py",
     "ranks/test_decode_steps.py",
-    "ranks/study/test_study_sweep.py",
+    "kernels/test_cpu_kernels.py",
     "kernels/test_triton_interpreted.py",
 )
 

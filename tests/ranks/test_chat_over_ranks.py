@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 
 import psutil
 
 from tests.support.checkpoints import DEMO
+from tests.support.forked import run_module
 from tests.support.ranks import ROOT
 from tests.support.terminal import Terminal
 
-CHAT = [sys.executable, "-m", "yalis", "chat", "--model", str(DEMO), "--temperature", "0", "--cpu-threads", "1"]
-COMMAND = [*CHAT, "--tp", "2"]
+CHAT = ["yalis", "chat", "--model", str(DEMO), "--temperature", "0", "--cpu-threads", "1", "--tp", "2"]
+COMMAND = [sys.executable, "-m", *CHAT]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
 QUESTION = "What is free software?"
 
 
 def test_piped_conversation_over_ranks() -> None:
     text = f"{QUESTION}\n/stats\nAnd why?\n/reset\n{QUESTION}\n"
-    done = subprocess.run(
-        [*COMMAND, "--max-tokens", "8"], input=text, capture_output=True, text=True, cwd=ROOT, env=ENV, timeout=90
-    )
+    done = run_module(*CHAT, "--max-tokens", "8", input=text, cwd=ROOT, env=ENV, timeout=90)
     assert done.returncode == 0, done.stderr
     first, other, again = done.stdout.splitlines()
     assert first == again != other  # after /reset the same question is the same conversation

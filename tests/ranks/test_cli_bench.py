@@ -5,25 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.checkpoints import DEMO
+from tests.support.forked import run_module
 from tests.support.ranks import ROOT
 
 
 def bench(*options: str, env: dict[str, str] | None = None, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "yalis", "bench", *options],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
-        timeout=timeout_s,
-    )
+    whole = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return run_module("yalis", "bench", *options, cwd=ROOT, env=whole, timeout=timeout_s)
 
 
 @pytest.mark.parametrize("tp", [1, 2])

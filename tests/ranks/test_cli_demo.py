@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 
+from tests.support.forked import run_module
 from tests.support.ranks import ROOT
 from yalis.cli import demo
 from yalis.errors import BuildError
@@ -15,14 +14,8 @@ from yalis.utils.native import cxx_compiler
 
 
 def test_demo() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "yalis", "demo", "--max-tokens", "4", "--cpu-threads", "1"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=100,
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = run_module("yalis", "demo", "--max-tokens", "4", "--cpu-threads", "1", cwd=ROOT, env=env, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("LlamaForCausalLM in float32 on ")

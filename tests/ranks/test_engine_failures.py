@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from tests.support.checkpoints import DEMO
+from tests.support.forked import start_module
 from tests.support.ranks import ROOT
 
 TIMEOUT_S = 3.0
@@ -53,20 +54,14 @@ def alive(pid: int) -> bool:
 
 
 class Program:
-    """A process and its ranks. Its temporary files go to a folder of their own; on the way out all is killed."""
+    """``python -m words`` and its ranks, its temporary files in a folder of their own; killed on the way out."""
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None):
+    def __init__(self, *words: str, env: dict[str, str] | None = None):
         self.temporary = Path(tempfile.mkdtemp(prefix="y-", dir="/tmp"))  # short: a socket's path has 107 characters
         self.shared_before = shared_names()
-        self.process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"} | (env or {}),
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        whole = os.environ | {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"} | (env or {})
+        self.process = start_module(words, cwd=ROOT, env=whole, **pipes)
         self.pids: dict[int, int] = {}
         self.lines: queue.Queue[str] = queue.Queue()
         self.stderr = ""
@@ -140,7 +135,7 @@ def shared_names() -> set[str]:
 
 
 def started(options: dict[str, Any]) -> Program:
-    return Program("-m", "tests.support.engine_driver", json.dumps(options))
+    return Program("tests.support.engine_driver", json.dumps(options))
 
 
 def ready(program: Program, options: dict[str, Any]) -> None:
@@ -227,7 +222,7 @@ def test_rank_lost_before_the_ranks_have_met(rank: int, number: signal.Signals) 
 @pytest.mark.parametrize(("rank", "number"), [(0, STOP), (1, KILL)], ids=loss_name)
 def test_rank_lost_while_loading(rank: int, number: signal.Signals) -> None:
     # The ranks say at INFO when they have met; then they load weights and make the KV cache.
-    with Program("-m", "tests.support.engine_driver", json.dumps(TP2), env={"YALIS_LOG_LEVEL": "INFO"}) as program:
+    with Program("tests.support.engine_driver", json.dumps(TP2), env={"YALIS_LOG_LEVEL": "INFO"}) as program:
         program.find_ranks(2)
         wait_for(lambda: "attention backend" in program.stderr, 30, "the start of loading")
         lost = time.monotonic()
@@ -246,7 +241,7 @@ def slow_loading(seconds: float) -> dict[str, str]:
 @pytest.mark.parametrize("options", [TP2 | SHORT, TP2_PP2 | SHORT], ids=["tp2", "tp2pp2"])
 def test_a_rank_that_loads_longer_than_the_deadline_is_waited_for(options: dict[str, Any]) -> None:
     env = slow_loading(2 * SHORT_S)
-    with Program("-m", "tests.support.engine_driver", json.dumps(options), env=env) as program:
+    with Program("tests.support.engine_driver", json.dumps(options), env=env) as program:
         program.hear("ready", 60.0)
         assert "loading slowly" in program.stderr
         program.tell("stats")
@@ -255,7 +250,7 @@ def test_a_rank_that_loads_longer_than_the_deadline_is_waited_for(options: dict[
 
 @pytest.mark.parametrize("number", [KILL, STOP], ids=loss_name)
 def test_rank_lost_while_the_others_wait_for_its_loading(number: signal.Signals) -> None:
-    with Program("-m", "tests.support.engine_driver", json.dumps(TP2 | SHORT), env=slow_loading(60.0)) as program:
+    with Program("tests.support.engine_driver", json.dumps(TP2 | SHORT), env=slow_loading(60.0)) as program:
         program.find_ranks(2)
         wait_for(lambda: "loading slowly" in program.stderr, 60, "the start of loading")
         time.sleep(SHORT_S + 1.0)  # rank 0 has loaded, and waits for longer than the deadline
@@ -323,7 +318,7 @@ def test_close_leaves_nothing_behind() -> None:
         assert program.stderr == ""
 
 
-GENERATE = ("-m", "yalis", "generate", "--model", str(DEMO), "--dist-timeout", str(TIMEOUT_S), "--cpu-threads", "1")
+GENERATE = ("yalis", "generate", "--model", str(DEMO), "--dist-timeout", str(TIMEOUT_S), "--cpu-threads", "1")
 # Long enough never to end within a test: one request at a time, 900 tokens each.
 ENDLESS = (*["This program is free software"] * 300, "--max-tokens", "900", "--ignore-eos", "--max-num-seqs", "1")
 
@@ -346,7 +341,7 @@ def test_interrupt_of_generate_ends_everything() -> None:
 
 
 def test_rank_lost_under_torchrun() -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     with Program(*launcher, *GENERATE, *ENDLESS, "--tp", "2", env={"YALIS_LOG_LEVEL": "INFO"}) as program:
         program.find_ranks(2)
         in_a_wait_of_the_engine(program)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.support.checkpoints import cached_checkpoints
+from tests.support.joined import generated
 from tests.support.ranks import ROOT
 from tests.support.reference import CHECKPOINT, ENGINE, VOCAB, Reference, check_logprobs, token_ids
 from yalis import LLM, SamplingParams
@@ -248,10 +249,9 @@ def test_two_streams_at_once(llm: LLM) -> None:
 def test_logprobs_in_16_bits(models: Models, variant: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Each rank rounds its partial sums: within the tolerance for the same tokens, over ranks and stages."""
     folder = models.folder(variant, dtype=dtype)
-    with LLM(str(folder), **ENGINE, **options) as llm:
-        assert llm.info["dtype"] == str(dtype).removeprefix("torch.")
-        outputs = llm.generate(PROMPTS, SCORED)
-        assert (llm.stats().num_preemptions > 0) == ("num_kv_blocks" in options)
+    outputs, info, stats = generated(folder, PROMPTS, SCORED, {**ENGINE, **options})
+    assert info["dtype"] == str(dtype).removeprefix("torch.")
+    assert (stats.num_preemptions > 0) == ("num_kv_blocks" in options)
     reference = Reference(folder, dtype)
     for output in outputs:
         assert len(output.outputs[0].token_ids) == NUM_TOKENS

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.checkpoints import DEMO
+from tests.support.joined import generated
 from yalis import LLM, GuidedParams, SamplingParams
 
 PROMPT = "This program is free software"
@@ -33,10 +34,18 @@ REQUESTS += [SamplingParams(guided=GuidedParams(regex="("), max_tokens=9)]
 REQUESTS += [SamplingParams(temperature=0.9, seed=5, max_tokens=20, ignore_eos=True)]
 
 
-def run(**options: Any) -> list[tuple[bool, list[tuple[list[int], str | None, str]]]]:
-    with LLM(str(DEMO), dtype="float32", max_model_len=256, distributed_timeout_s=20.0, **options) as llm:
-        outputs = llm.generate([PROMPT] * len(REQUESTS), REQUESTS)
-        stats = llm.stats()
+OPTIONS: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "distributed_timeout_s": 20.0}
+PROMPTS = [PROMPT] * len(REQUESTS)
+
+
+def run(*, joined: bool = False, **options: Any) -> list[tuple[bool, list[tuple[list[int], str | None, str]]]]:
+    """``joined``: in ranks of the test's own; else `LLM` starts them."""
+    if joined:
+        outputs, _, stats = generated(DEMO, PROMPTS, REQUESTS, OPTIONS | options)
+    else:
+        with LLM(str(DEMO), **OPTIONS, **options) as llm:
+            outputs = llm.generate(PROMPTS, REQUESTS)
+            stats = llm.stats()
     assert (stats.kv_usage, stats.num_running, stats.num_waiting) == (0, 0, 0)
     return [
         (output.error is not None, [(s.token_ids, s.finish_reason, s.text) for s in output.outputs])
@@ -56,8 +65,8 @@ def expected() -> list[Any]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"tensor_parallel_size": 4, "ranks_per_node": 2},
-        {"pipeline_parallel_size": 2, "max_num_seqs": 8, "max_num_batched_tokens": 8},
+        {"tensor_parallel_size": 4, "ranks_per_node": 2, "joined": True},
+        {"pipeline_parallel_size": 2, "max_num_seqs": 8, "max_num_batched_tokens": 8, "joined": True},
         {"tensor_parallel_size": 2, "overlap_scheduling": True, "block_size": 4, "num_kv_blocks": 80},
     ],
     ids=["tp4", "pp2-chunked", "tp2-overlap-scarce"],

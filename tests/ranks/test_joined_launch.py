@@ -139,14 +139,17 @@ def test_a_missing_tokenizer_is_told_to_every_rank(tmp_path: Path) -> None:
 # ---- again ----------------------------------------------------------------------------------------------------------
 
 TWICE = """
-import sys
+import os, sys
 from yalis import LLM, SamplingParams
 
-found = []
+found, cores, share = [], os.sched_getaffinity(0), set()
 for _ in range(3):
     with LLM(sys.argv[1], tensor_parallel_size=2, max_model_len=64, dtype="float32", cpu_threads=1) as llm:
         (output,) = llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
+        share.add(frozenset(os.sched_getaffinity(0)))
     found.append(output.outputs[0].token_ids)
+    assert os.sched_getaffinity(0) == cores
+assert len(share) == 1 and (len(cores) < 2 or len(*share) == len(cores) // 2), share
 assert found[0] == found[1] == found[2] and len(found[0]) == 4, found
 print("three times")
 """

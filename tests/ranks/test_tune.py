@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.forked import run_module
+from tests.support.ranks import ROOT
 from yalis.cli.main import main
 from yalis.comm.tuning import TunedTable
 from yalis.utils.native import cxx_compiler
@@ -21,8 +22,7 @@ pytestmark = pytest.mark.skipif(cxx_compiler() is None, reason="no C++ compiler;
 
 def yalis(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "YALIS_TUNING_DIR": str(folder)}
-    command = [sys.executable, "-m", "yalis", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    return run_module("yalis", *arguments, cwd=ROOT, env=env, timeout=100)
 
 
 def test_two_ranks_and_auto_follows(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@
 The function must be at module level; its module is loaded anew in each rank, by file. Arguments and results are
 pickled. Ranks see torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT):
 with ``torch_store=True`` a TCPStore of the test process listens there, so that ``init_process_group("gloo")`` works and
-outlives a killed rank 0. Without it nothing imports torch, and `rank_store` gives a store of files.
+outlives a killed rank 0; such ranks are forked from a process with torch loaded, where that is possible
+(`tests.support.forked`). Without it nothing imports torch, and `rank_store` gives a store of files.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.support.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,19 +121,12 @@ class RankProcesses:
         common |= dict(env or {})
         source = sys.modules[function.__module__].__file__
         (folder / "call").write_bytes(pickle.dumps((str(source), function.__qualname__, args)))
-        self.processes: list[subprocess.Popen[bytes]] = []
-        for rank in range(nproc):
-            with (folder / f"{rank}.out").open("wb") as out, (folder / f"{rank}.err").open("wb") as err:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(Path(__file__).resolve()), str(folder), str(rank)],
-                        env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=err,
-                        cwd=ROOT,
-                    )
-                )
+        # Imports of the process that forks have read some of its variables.
+        fork = torch_store and not (env and "PYTHONPATH" in env)
+        self.processes = [
+            _start(folder, rank, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, fork=fork)
+            for rank in range(nproc)
+        ]
 
     def __enter__(self) -> RankProcesses:
         return self
@@ -193,6 +190,24 @@ class RankProcesses:
         return results
 
 
+def _start(folder: Path, rank: int, env: Mapping[str, str], *, fork: bool) -> subprocess.Popen[bytes] | Forked:
+    """A rank: a program of its own, or with ``fork``, where that is possible, forked with torch loaded."""
+    with (folder / f"{rank}.out").open("wb") as out, (folder / f"{rank}.err").open("wb") as err:
+        if fork:
+            from tests.support.forked import Forked, may_fork  # not in ranks that are programs of their own
+
+            if may_fork({**env, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}):
+                return Forked(_main, folder, rank, env=env, cwd=ROOT, stdout=out, stderr=err)
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), str(folder), str(rank)],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            cwd=ROOT,
+        )
+
+
 def run_ranks(
     function: Callable[..., Any],
     nproc: int,
@@ -212,6 +227,9 @@ def run_ranks(
 
 
 def _main(folder: Path, rank: int) -> None:
+    from yalis.utils.garbage import spare_imports
+
+    spare_imports()
     source, qualname, args = pickle.loads((folder / "call").read_bytes())
     # By file, not by name: test folders are no packages, and their module names may repeat.
     spec = importlib.util.spec_from_file_location("rank_under_test", source)
@@ -235,7 +253,4 @@ def _main(folder: Path, rank: int) -> None:
 if __name__ == "__main__":
     # The script's own folder is not the place to import from.
     sys.path[0] = str(ROOT)
-    from yalis.utils.garbage import spare_imports
-
-    spare_imports()
     _main(Path(sys.argv[1]), int(sys.argv[2]))

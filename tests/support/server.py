@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from tests.support.checkpoints import DEMO
+from tests.support.forked import Forked, start_module
 from tests.support.ranks import ROOT
 
 START_S = 60.0
@@ -71,7 +72,8 @@ class Server:
         arguments: of ``yalis serve``, after the model.
         model: folder.
         env: environment on top of this process's.
-        prefix: command in place of this Python and ``-m yalis``, such as torchrun's.
+        prefix: command in place of this Python and ``-m yalis``, such as torchrun's. Without it the process is forked
+            with torch loaded, where that is possible (`tests.support.forked`); its ranks start from nothing.
     """
 
     def __init__(
@@ -79,18 +81,18 @@ class Server:
         *arguments: str,
         model: Path | str = DEMO,
         env: Mapping[str, str] | None = None,
-        prefix: tuple[str, ...] = (sys.executable, "-m", "yalis"),
+        prefix: tuple[str, ...] = (),
     ):
         self.temporary = Path(tempfile.mkdtemp(prefix="y-", dir="/tmp"))  # short: a socket's path has 107 characters
         self.stderr = ""
-        self.process = subprocess.Popen(
-            [*prefix, "serve", str(model), "--port", "0", "--cpu-threads", "1", *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"} | dict(env or {}),
-        )
+        words = ["serve", str(model), "--port", "0", "--cpu-threads", "1", *arguments]
+        how: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "cwd": ROOT}
+        how["env"] = os.environ | {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"} | dict(env or {})
+        self.process: subprocess.Popen[str] | Forked
+        if prefix:
+            self.process = subprocess.Popen([*prefix, *words], text=True, **how)
+        else:
+            self.process = start_module(["yalis", *words], **how)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.port = 0

@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import DEMO
+from tests.support.forked import run_module
 from tests.support.ranks import ROOT
 from yalis.cli.main import main
 from yalis.config import EngineConfig
@@ -278,14 +277,8 @@ def test_several_ranks_say_it_once(tmp_path: Path, options: list[str], words: li
         model = tmp_path / "model"
         shutil.copytree(DEMO, model)
         truncate(model)
-    done = subprocess.run(
-        [sys.executable, "-m", "yalis", *generate(*options, model=model)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=60,
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = run_module("yalis", *generate(*options, model=model), cwd=ROOT, env=env, timeout=60)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr

@@ -9,17 +9,17 @@ import sys
 import time
 
 from tests.support.checkpoints import DEMO
+from tests.support.forked import run_module
 from tests.support.ranks import ROOT
 from tests.support.terminal import Terminal
 
-COMMAND = [sys.executable, "-m", "yalis", "chat", "--model", str(DEMO), "--temperature", "0", "--cpu-threads", "1"]
+WORDS = ["yalis", "chat", "--model", str(DEMO), "--temperature", "0", "--cpu-threads", "1"]
+COMMAND = [sys.executable, "-m", *WORDS]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
 
 
 def piped(text: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *options], input=text, capture_output=True, text=True, cwd=ROOT, env=ENV, timeout=60
-    )
+    return run_module(*WORDS, *options, input=text, cwd=ROOT, env=ENV, timeout=60)
 
 
 def test_piped_conversation_is_plain() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.checkpoints import DEMO
+from tests.support.forked import run_module
 from tests.support.ranks import ROOT
 
 PROMPT = "This program is free software"
@@ -18,15 +18,7 @@ GREEDY = ("--temperature", "0", "--max-tokens", "12", "--cpu-threads", "1")
 
 
 def yalis(*argv: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "yalis", *argv],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=60,
-    )
+    return run_module("yalis", *argv, input=stdin, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60)
 
 
 def generate(*options: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -42,6 +42,7 @@ class StartedRank:
         tokenizer: of the model, on rank 0; None where dummy weights come without one.
         max_model_len: most tokens in a sequence, KV capacity taken into account.
         load_s: seconds that the weights took.
+        allowed: the cores that this thread was on before it was bound to its share; None where it was not bound.
     """
 
     resolved: ResolvedConfig
@@ -50,15 +51,19 @@ class StartedRank:
     tokenizer: Tokenizer | None
     max_model_len: int
     load_s: float
+    allowed: frozenset[int] | None = None
 
     def close(self) -> None:
-        """Let go of the device, then part from the other ranks in good order. Idempotent.
+        """Let go of the device, then part from the other ranks in good order, and of the cores. Idempotent.
 
-        In this order because NCCL ends a communicator only when no CUDA graph holds its operations any more.
+        In this order because NCCL ends a communicator only when no CUDA graph holds its operations any more. The next
+        engine of this process would otherwise get a share of this one's share of the cores.
         """
         self.core.runner.guides.close()
         self.core.runner.release()
         self.ranks.close()
+        if self.allowed is not None:
+            os.sched_setaffinity(0, self.allowed)
 
 
 def start_rank(config: EngineConfig, env: Mapping[str, str] | None = None) -> StartedRank:
@@ -72,8 +77,10 @@ def start_rank(config: EngineConfig, env: Mapping[str, str] | None = None) -> St
     env = os.environ if env is None else env
     topology = rank_topology(config, env)
     resolved = resolve(config, topology, env)
+    allowed = None
     if resolved.device.type == "cpu":
         if resolved.cores is not None and topology.world_size > 1:
+            allowed = frozenset(os.sched_getaffinity(0))
             os.sched_setaffinity(0, resolved.cores)  # before any thread pool: threads inherit it
         torch.set_num_threads(resolved.cpu_threads)
     else:
@@ -117,7 +124,7 @@ def start_rank(config: EngineConfig, env: Mapping[str, str] | None = None) -> St
             ranks.monitor.failed(error)
         raise
     core = EngineCore(runner, max_model_len=max_model_len)
-    return StartedRank(resolved, ranks, core, tokenizer, max_model_len, load_s)
+    return StartedRank(resolved, ranks, core, tokenizer, max_model_len, load_s, allowed)
 
 
 def _choose_graphs(runner: Runner) -> GraphLimits:

@@ -17,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from yalis.errors import ConfigError
-from yalis.study import sweep
+from yalis.launch import is_launched
+from yalis.study import steps, sweep
 from yalis.study.cluster import Cluster, Rates, parse_cluster
 from yalis.study.cost import Layout
 from yalis.study.describe import Host, describe, fit_curves, products_by_rows
 from yalis.study.netns import started_ranks
-from yalis.study.steps import Samples, blank_rates, measure_steps, merge, shapes_of, with_bounds
+from yalis.study.steps import Samples, blank_rates, measure_models, merge, shapes_of, with_bounds
 from yalis.utils.machine import usable_cores
 
 Say = Callable[[str], None]
 # A product apart from the engine and within its steps should cost the same; further apart, one of them was disturbed.
 _AGREES = 0.10
+# Longest pass over the models of one layout; most take a minute or two. Ranks that are lost end it much sooner.
+_STEPS_LIMIT_S = 3600.0
 GPU_ALL_REDUCES = ("nccl", "nvrar", "symm_mem")
 
 
@@ -91,15 +94,26 @@ def run_sweep(
     Raises:
         ConfigError: the ranks failed or took longer than ``limit_s``.
     """
-    with tempfile.TemporaryDirectory(prefix="yalis-sweep-") as folder:
-        out = Path(folder) / "sweep.json"
-        options = [*_options(group, device, iters, low, high, strict, quick), "--out", str(out)]
-        with started_ranks(group.ranks, group.per_node, ["yalis.study.sweep", *options], env or {}) as ranks:
-            good = ranks.wait(limit_s)
+    command = ["yalis.study.sweep", *_options(group, device, iters, low, high, strict, quick)]
+    return _told_by_ranks("sweep", group.ranks, group.per_node, command, env or {}, limit_s)
+
+
+def _told_by_ranks(
+    what: str, ranks: int, per_node: int, command: Sequence[str], env: Mapping[str, str], limit_s: float
+) -> dict[str, Any]:
+    """Run a module's ``command`` in ranks, and return what rank 0 wrote to the file that ``--out`` names.
+
+    Raises:
+        ConfigError: the ranks failed or took longer than ``limit_s``.
+    """
+    with tempfile.TemporaryDirectory(prefix="yalis-measured-") as folder:
+        out = Path(folder) / "found.json"
+        with started_ranks(ranks, per_node, [*command, "--out", str(out)], env) as running:
+            good = running.wait(limit_s)
         if good is None:
-            raise ConfigError(f"the sweep of {group.ranks} ranks took longer than {limit_s:g} s")
+            raise ConfigError(f"the {what} of {ranks} ranks took longer than {limit_s:g} s")
         if not good or not out.exists():
-            raise ConfigError(f"the sweep of {group.ranks} ranks failed; see what they printed above")
+            raise ConfigError(f"the {what} of {ranks} ranks failed; see what they printed above")
         found: dict[str, Any] = json.loads(out.read_text())
         return found
 
@@ -152,10 +166,18 @@ def measure_layouts(layouts: Sequence[Layout], device: str, much: Effort, say: S
     for number in range(much.passes):
         for layout in layouts:
             # Attention is a small part of every prediction: once, on the first layout.
-            for shape in shapes_of(layout, device, first=number == 0 and layout == layouts[0]):
-                say(f"pass {number + 1} of {much.passes}: {layout.name}, {shape} model")
-                merge(found[layout], shape, measure_steps(layout, shape, much.rounds, device, quick=much.quick))
+            shapes = shapes_of(layout, device, first=number == 0 and layout == layouts[0])
+            say(f"pass {number + 1} of {much.passes}: {layout.name}, models {', '.join(shapes)}")
+            merge(found[layout], _models_in_turn(layout, shapes, device, much))
     return found
+
+
+def _models_in_turn(layout: Layout, shapes: Sequence[str], device: str, much: Effort) -> Samples:
+    """One pass of a layout: one launch for all models, since ranks take longer to start than a small model to run."""
+    if layout.ranks == 1 or is_launched(os.environ):
+        return measure_models(layout, shapes, much.rounds, device, quick=much.quick)
+    command = [steps.__name__, *steps.options(layout, shapes, much.rounds, device, quick=much.quick)]
+    return _told_by_ranks("steps", layout.ranks, layout.ranks // layout.nodes, command, {}, _STEPS_LIMIT_S)
 
 
 def calibrate(
@@ -187,13 +209,13 @@ def calibrate(
         say(f"{group.ranks} rank(s) on {nodes} node(s): {', '.join(group.algorithms) or 'products'}")
         common = {"device": device, "iters": much.iters, "high": much.high, "strict": False, "quick": much.quick}
         sweeps.append(run_sweep(group, env=env if nodes > 1 else None, **common))  # type: ignore[arg-type]
-    steps = measure_layouts(layouts_of(max_ranks, device), device, much, say)
+    samples = measure_layouts(layouts_of(max_ranks, device), device, much, say)
     say("fitting")
     emulated = next((s["emulated"] for s in sweeps if s["emulated"]), "")
     largest = max(s["ranks"] for s in sweeps)
     nodes = max(s["nodes"] for s in sweeps)
     host = Host(name, device, usable_cores(), largest, nodes, emulated)
-    return describe_measured(host, sweeps, steps, say), _raw(sweeps, steps)
+    return describe_measured(host, sweeps, samples, say), _raw(sweeps, samples)
 
 
 def calibrate_launched(
@@ -216,12 +238,14 @@ def calibrate_launched(
         say = _silent
     say(f"{world} ranks on {topology.num_nodes} node(s): {', '.join(group.algorithms)}, products")
     args = sweep.parse(_options(group, device, much.iters, 256, much.high, False, much.quick))
+    allowed = os.sched_getaffinity(0)
     found = sweep.measure(args)
-    steps = measure_layouts([Layout(world, 1, topology.num_nodes)], device, much, say)
+    os.sched_setaffinity(0, allowed)  # the engine takes its own share
+    samples = measure_layouts([Layout(world, 1, topology.num_nodes)], device, much, say)
     if topology.rank:
         return None
     host = Host(name, device, usable_cores(), per_node, topology.num_nodes, found["emulated"])
-    return describe_measured(host, [found], steps, say), _raw([found], steps)
+    return describe_measured(host, [found], samples, say), _raw([found], samples)
 
 
 def _silent(_: str) -> None:
@@ -229,13 +253,13 @@ def _silent(_: str) -> None:
 
 
 def describe_measured(
-    host: Host, sweeps: Sequence[Mapping[str, Any]], steps: Mapping[Layout, Samples], say: Say, *, draws: int = 25
+    host: Host, sweeps: Sequence[Mapping[str, Any]], samples: Mapping[Layout, Samples], say: Say, *, draws: int = 25
 ) -> str:
     """Fit, check, describe; ``draws`` resamplings for the intervals."""
     # The cost model needs a cluster to be solved in: one with everything but the steps.
     curves = fit_curves(sweeps)
     draft = _parse(describe(host, sweeps, curves, [blank_rates(Layout(1, 1, 1), 1)]))
-    rates = with_bounds(draft, steps, draws=draws)
+    rates = with_bounds(draft, samples, draws=draws)
     for line in [*caveats(sweeps), *disagreements(rates, sweeps)]:
         say(f"warning: {line}")
     return describe(host, sweeps, curves, rates)
@@ -280,8 +304,8 @@ def _parse(text: str) -> Cluster:
     return replace(parse_cluster(tomllib.loads(text), "the calibration"), rates=())
 
 
-def _raw(sweeps: Sequence[Mapping[str, Any]], steps: Mapping[Layout, Samples]) -> dict[str, Any]:
+def _raw(sweeps: Sequence[Mapping[str, Any]], samples: Mapping[Layout, Samples]) -> dict[str, Any]:
     return {
         "sweeps": list(sweeps),
-        "steps": [{"tp": x.tp, "pp": x.pp, "nodes": x.nodes, "samples": s} for x, s in steps.items()],
+        "steps": [{"tp": x.tp, "pp": x.pp, "nodes": x.nodes, "samples": s} for x, s in samples.items()],
     }

@@ -45,10 +45,13 @@ def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, f
     scale = np.array([y.min(), y.max() / x.max()])
     start = np.array([0.8, 0.5])
 
+    # The residuals are linear in both, so their derivatives are always the same.
+    slopes = np.stack([scale[0] / y, scale[1] * x / y], axis=1)
+
     def residual(p: np.ndarray) -> np.ndarray:
         return np.asarray((p[0] * scale[0] + p[1] * scale[1] * x) / y - 1.0)
 
-    found = least_squares(residual, start, bounds=(0.0, np.inf), loss="soft_l1", f_scale=0.05)
+    found = least_squares(residual, start, lambda _: slopes, bounds=(0.0, np.inf), loss="soft_l1", f_scale=0.05)
     alpha, beta = found.x * scale
     return float(alpha), float(beta), float(np.mean(np.abs(residual(found.x))))
 

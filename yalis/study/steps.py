@@ -9,13 +9,18 @@ any cache the products by rows. The models have shapes of their own; predictions
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from yalis.comm.topology import from_environment
 from yalis.models.config import ModelConfig
 from yalis.study.cluster import Cluster, Constant, Rates
 from yalis.study.collectives import automatic
@@ -49,7 +54,8 @@ def measure_steps(
     """Run a calibration model in the engine, each of its runs once a round; collective under a launcher.
 
     Args:
-        quick: of the wide model only what every layout needs.
+        quick: of the wide model only what every layout needs, and of the others' warm-up only the first run: the
+            attending models' runs last longest, and a later one finds all but its pages warm.
 
     Raises:
         ConfigError, YalisError: the engine could not be started.
@@ -75,7 +81,7 @@ def measure_steps(
         ) as llm,
     ):
         for index in range(-1, rounds):
-            for run in runs:
+            for run in runs[:1] if quick and index < 0 and shape != "wide" else runs:
                 samples, _ = measure(
                     llm,
                     batch_size=run.batch,
@@ -91,11 +97,39 @@ def measure_steps(
     return found
 
 
-def merge(into: Samples, shape: str, more: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+def measure_models(layout: Layout, shapes: Sequence[str], rounds: int, device: str, *, quick: bool = False) -> Samples:
+    """`measure_steps` of several models, one after another; collective under a launcher."""
+    return {shape: measure_steps(layout, shape, rounds, device, quick=quick) for shape in shapes}
+
+
+def merge(into: Samples, more: Samples) -> None:
     """Add the samples of another pass."""
-    for run, kinds in more.items():
-        for kind, values in kinds.items():
-            into.setdefault(shape, {}).setdefault(run, {}).setdefault(kind, []).extend(values)
+    for shape, runs in more.items():
+        for run, kinds in runs.items():
+            for kind, values in kinds.items():
+                into.setdefault(shape, {}).setdefault(run, {}).setdefault(kind, []).extend(values)
+
+
+def options(layout: Layout, shapes: Sequence[str], rounds: int, device: str, *, quick: bool) -> list[str]:
+    """Of `main`, for what `measure_models` would be asked for."""
+    words = ["--tp", str(layout.tp), "--pp", str(layout.pp), "--nodes", str(layout.nodes), "--device", device]
+    return [*words, "--shapes", ",".join(shapes), "--rounds", str(rounds), *(["--quick"] if quick else [])]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One of the ranks that `yalis.study.calibrate` starts for a layout: measure; rank 0 writes the samples."""
+    parser = argparse.ArgumentParser()
+    for name in ("--tp", "--pp", "--nodes", "--rounds"):
+        parser.add_argument(name, type=int, required=True)
+    for name in ("--device", "--shapes"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    layout = Layout(args.tp, args.pp, args.nodes)
+    found = measure_models(layout, args.shapes.split(","), args.rounds, args.device, quick=args.quick)
+    if from_environment(os.environ).rank == 0:
+        args.out.write_text(json.dumps(found))
 
 
 # ---- solving the cost model -------------------------------------------------------------------------------------
@@ -367,3 +401,7 @@ def _bounded(middle: Rates, ends: Sequence[Rates], again: Sequence[Rates]) -> Ra
     columns = list(zip(middle.s_per_weight_byte, *(e.s_per_weight_byte for e in ends), strict=True))
     changed["low"], changed["high"] = tuple(map(min, columns)), tuple(map(max, columns))
     return replace(middle, **changed)
+
+
+if __name__ == "__main__":
+    main()

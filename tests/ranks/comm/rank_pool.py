@@ -12,12 +12,11 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "yalis.comm.communicator", "yalis.comm.shm", "tests.ranks.comm.work"]
+from tests.support.forked import fork_context
 
 
 @dataclass
@@ -39,9 +38,7 @@ class RankPool:
     def __init__(self, size: int) -> None:
         from torch.distributed import TCPStore
 
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fork server must not have started a thread pool
-        context = get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context = fork_context()
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self.processes = []

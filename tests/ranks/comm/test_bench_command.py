@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.support.forked import run_module
+from tests.support.ranks import ROOT
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "yalis", "bench", "allreduce", *options]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return run_module("yalis", "bench", "allreduce", *options, cwd=ROOT, env=env, timeout=90)
 
 
 def test_it_starts_ranks_checks_and_writes_a_record(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.support.checkpoints import DEMO
+from tests.support.forked import start_module
 from tests.support.ranks import ROOT
 from tests.support.server import Server, events, wait_for
 from yalis import LLM, SamplingParams
@@ -63,18 +64,18 @@ def test_rank_lost_under_torchrun() -> None:
 @pytest.fixture
 def second() -> Iterator[Any]:
     """Starts another `yalis serve` of the same run; killed at the end if it still runs."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Any] = []
 
-    def start(*arguments: str, temporary: Path, **variables: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "yalis", "serve", str(DEMO), "--cpu-threads", "1", *arguments]
+    def start(*arguments: str, temporary: Path, **variables: str) -> Any:
+        words = ["yalis", "serve", str(DEMO), "--cpu-threads", "1", *arguments]
         env = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"} | variables
-        started.append(subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+        started.append(start_module(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
         return started[-1]
 
     yield start
     for process in started:
         process.kill()
-        process.communicate(timeout=10)
+        process.wait(10)
 
 
 def mpi(rank: int) -> dict[str, str]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.checkpoints import DEMO
+from tests.support.forked import run_module
 from tests.support.ranks import ROOT
 from yalis.study.cluster import load_cluster
 from yalis.study.explain import explain, read_record
@@ -26,14 +25,8 @@ pytestmark = pytest.mark.timeout(280)  # commands that start ranks several times
 
 def yalis(*words: str | Path, env: dict[str, str] | None = None) -> str:
     """What the command prints; it must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "yalis", *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
-        timeout=250,
-    )
+    whole = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    done = run_module("yalis", *map(str, words), cwd=ROOT, env=whole, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.checkpoints import DEMO
+from tests.support.forked import run_module
 from tests.support.ranks import ROOT
 from tests.support.server import Server
 from yalis.study.run import read_results
@@ -37,14 +38,7 @@ algorithms = ["rd"]
 
 
 def yalis(*arguments: str, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "yalis", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=os.environ | (env or {}),
-    )
+    done = run_module("yalis", *arguments, cwd=ROOT, env=os.environ | (env or {}), timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

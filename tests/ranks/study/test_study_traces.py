@@ -7,18 +7,17 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.forked import run_module
 from tests.support.ranks import ROOT
 
 NAME = re.compile(r"^L\d+\.(attn\.out|mlp\.down)/allreduce\[shm,\d+B\]$")
 READER = """
-import sys
 from TraceLens import TreePerfAnalyzer
 analyzer = TreePerfAnalyzer.from_file(sys.argv[1])
 names = {event.get("name", "") for event in analyzer.tree.events}
@@ -29,10 +28,11 @@ print(sum("/allreduce[" in name for name in names))
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("traces")
-    command = [sys.executable, "-m", "yalis", "bench", "latency", "--model", "models/demo", "--tp", "2"]
-    command += ["--batch-size", "1", "--input-len", "8", "--output-len", "6", "--num-iters", "1"]
-    command += ["--num-iters-warmup", "0", "--profile", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=100, capture_output=True)
+    words = ["yalis", "bench", "latency", "--model", "models/demo", "--tp", "2"]
+    words += ["--batch-size", "1", "--input-len", "8", "--output-len", "6", "--num-iters", "1"]
+    words += ["--num-iters-warmup", "0", "--profile", str(folder)]
+    done = run_module(*words, cwd=ROOT, timeout=100)
+    assert done.returncode == 0, done.stderr
     return sorted(folder.glob("*.json"))
 
 
