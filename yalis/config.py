@@ -81,8 +81,8 @@ class EngineConfig:
         overlap_scheduling: schedule one step ahead of the sampled tokens (one pipeline stage only); default on GPUs.
         enforce_eager: launch every step's kernels anew instead of replaying a CUDA graph.
         max_cudagraph_batch: largest decode batch that gets a CUDA graph; default ``max_num_seqs``, at most 256.
-        max_cudagraph_prefill: tokens of the largest step with prompts that gets a CUDA graph, 0 for none; default 2048,
-            at most ``max_num_batched_tokens``. Longer ones hide their launches.
+        max_cudagraph_prefill: tokens of the largest step with prompts that gets a CUDA graph, 2 or more, or 0 for none;
+            default ``max_num_batched_tokens``, at most 2048. Longer ones hide their launches.
         seed: seed of dummy weights and of requests without a seed of their own; fits 64 bits with a sign.
         distributed_timeout_s: a rank that is dead or silent for so long ends the run, in seconds; 1 to 1e6.
         cpu_threads: compute threads per CPU rank; default the cores of its share, at least one.
@@ -144,9 +144,9 @@ class EngineConfig:
                 "a decode step needs one token per running request; raise the first or lower the second"
             )
         prefill = self.max_cudagraph_prefill
-        if prefill is not None and not 0 <= prefill <= self.max_num_batched_tokens:
+        if prefill and not 2 <= prefill <= self.max_num_batched_tokens:
             raise ConfigError(
-                f"max_cudagraph_prefill={prefill}: must be at least 0 (no graphs of prompts) and at most "
+                f"max_cudagraph_prefill={prefill}: must be 0 (no graphs of prompts), or at least 2 and at most "
                 f"max_num_batched_tokens={self.max_num_batched_tokens}"
             )
         for name in ("max_cudagraph_batch", "max_cudagraph_prefill"):

@@ -54,12 +54,12 @@ def work(fixed_sizes: int, options: dict[str, Any]) -> Any:
     "options",
     [
         {"tensor_parallel_size": 2, "overlap_scheduling": True},
-        {"pipeline_parallel_size": 2, "max_num_seqs": 8},
+        {"pipeline_parallel_size": 3, "max_num_seqs": 8},
     ],
     ids=str,
 )
 def test_fixed_sizes_change_nothing(options: dict[str, Any]) -> None:
-    world = 2
+    world = EngineConfig(str(DEMO), **options).world_size
     plain = [r.value for r in run_ranks(work, world, 0, options, timeout_s=50, torch_store=True)]
     fixed = [r.value for r in run_ranks(work, world, 6, options, timeout_s=50, torch_store=True)]
     tokens, logprobs = zip(*plain[0][0], strict=True)

@@ -50,7 +50,8 @@ class AttentionBatch:
     Attributes:
         query_start: [B + 1] int32, on the device.
         seq_lens: [B] int32, on the device: keys per sequence after this step.
-        block_table: [B, max_blocks] int32, on the device; entries past a sequence's end are 0.
+        block_table: [B, max_blocks] int32, on the device; entries past a sequence's end are 0, or
+            anything in batches whose tensors stay where they are.
         slot_mapping: [T] int64, on the device: ``block * block_size + offset`` to write each token's K and V to;
             negative = do not write.
         query_lens_host, seq_lens_host: the same lengths as Python ints, for planning.
@@ -142,9 +143,10 @@ class AttentionBackend(Protocol):
         Args:
             batch: its tensors stay where they are and get new values before each step; its host lengths are the longest
                 possible. Of its B sequences those that a step has come first; rows of padding have a negative slot.
-            decodes: most sequences of a step with one query token; at most B - ``decodes`` have more.
+            decodes: most sequences of a step with one query token; at most B - ``decodes`` have more. They come in any
+                order.
         """
-        return self.plan(batch)
+        raise NotImplementedError(f"attention backend {self.name!r} has no plan for padded steps")
 
     def renew_padded(self, plan: Any, query_lens_host: Sequence[int], seq_lens_host: Sequence[int]) -> None:
         """Before each run or replay of a step with a plan of `plan_padded`, once its inputs are enqueued.

@@ -26,6 +26,10 @@ class NullBackend(AttentionBackend):
         """Nothing to prepare."""
         return batch
 
+    def plan_padded(self, batch: AttentionBatch, decodes: int) -> AttentionBatch:
+        """Nothing to prepare."""
+        return batch
+
     def forward(self, q: torch.Tensor, kv: LayerKV, plan: Any, window: int | None) -> torch.Tensor:
         """See `yalis.attention.base.AttentionBackend.forward`."""
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -143,7 +143,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         dest="max_cudagraph_prefill",
         type=int,
         metavar="TOKENS",
-        help="largest step with prompts that gets a CUDA graph; 0: none (default: 2048)",
+        help="largest step with prompts that gets a CUDA graph; 0: none (default: 2048 or max-num-batched-tokens)",
     )
     add("--engine-seed", dest="seed", type=int, metavar="N", help="seed of dummy weights and of requests without one")
     add(

@@ -117,10 +117,11 @@ class StepTimes(msgspec.Struct, frozen=True):
     """Where the time of ``steps`` steps went on this rank, in seconds. The parts add up to ``total_s``.
 
     Attributes:
-        compute_s: forward pass and sampling less the collectives inside.
+        compute_s: forward pass and sampling less the collectives inside; on a GPU with the transfers between stages and
+            the wait for them.
         intra_s, inter_s: all-reduce time inside a node and between nodes; ``flat_s`` where the algorithm does not
             tell the two apart.
-        pipeline_s: waiting for and sending hidden states and tokens between stages.
+        pipeline_s: waiting for and sending hidden states and tokens between stages; on a GPU only the host's share.
         host_s: scheduling, batch preparation, side channel, detokenization; on a GPU only what the device's own work
             does not hide.
         device_idle_s: seconds in which a GPU stood still between one step and the next; no part of the sum. On a GPU

@@ -25,6 +25,7 @@ from yalis.utils.packing import Layout, host_buffer, send
 
 # Products of up to 128 rows fill one tile of a matrix unit's work; from there on a part of a tile costs a whole one.
 _SMALL_SIZES = (16, 32, 64)
+_LEAST_TOKENS = 2
 _SIZE_STEP = 128
 _DECODES = (0, 16, 64, 256)
 # Above so many tokens idle programs for decodes that are not there cost nothing to speak of (2 us a layer): one size
@@ -60,16 +61,17 @@ class PaddedSize:
 
 def padded_sizes(most_tokens: int, most_sequences: int) -> tuple[PaddedSize, ...]:
     """Sizes that get a graph, ascending: 16, 32, 64, 128, 256, 384, ... up to ``most_tokens``, which is always one of
-    them, each with room for as many decodes as there can be, small ones also without and for 16, 64 and 256."""
+    them, each with room for as many decodes as there can be beside a prompt, small ones also without and for 16, 64
+    and 256."""
     steps = {*_SMALL_SIZES, *range(_SIZE_STEP, most_tokens, _SIZE_STEP), most_tokens}
     every = most_sequences if most_sequences > 1 else 0
     sizes = []
-    for tokens in (tokens for tokens in steps if tokens <= most_tokens):
-        prompts = min(most_sequences, max(1, tokens // _TOKENS_A_PROMPT))
-        room = {n for n in _DECODES if n < every and tokens <= _FEW_TOKENS} | {every}
-        sizes += [PaddedSize(tokens, n, prompts) for n in room if n < tokens]
-        if every >= tokens > _FEW_TOKENS:
-            sizes.append(PaddedSize(tokens, tokens - 1, prompts))
+    for tokens in (tokens for tokens in steps if _LEAST_TOKENS <= tokens <= most_tokens):
+        # The least prompt has two tokens: one of a single token is a decode.
+        most = min(every, tokens - 2)
+        for decodes in {n for n in _DECODES if n < most and tokens <= _FEW_TOKENS} | {most}:
+            prompts = min(most_sequences, max(1, tokens // _TOKENS_A_PROMPT), (tokens - decodes) // 2)
+            sizes.append(PaddedSize(tokens, decodes, prompts))
     return tuple(sorted(sizes))
 
 

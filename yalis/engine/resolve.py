@@ -136,9 +136,9 @@ def num_kv_blocks(resolved: ResolvedConfig, block_bytes: int, activation_bytes: 
     Raises:
         ConfigError: not even one block fits, or fewer than were asked for.
     """
-    user = resolved.user
+    user, on_gpu = resolved.user, resolved.device.type == "cuda"
     wanted = user.max_num_seqs * -(-resolved.max_model_len // user.block_size)
-    if resolved.device.type == "cuda":
+    if on_gpu:
         free, total = torch.cuda.mem_get_info(resolved.device)
         share = int(free - (1.0 - user.gpu_memory_utilization) * total) - activation_bytes
     else:
@@ -149,7 +149,8 @@ def num_kv_blocks(resolved: ResolvedConfig, block_bytes: int, activation_bytes: 
     if blocks < 1:
         raise ConfigError(
             f"no memory for the KV cache: a block of {user.block_size} tokens takes {block_bytes} bytes, {budget} are "
-            "available; raise kv_cache_memory_bytes or gpu_memory_utilization, or use more ranks"
+            "available; raise kv_cache_memory_bytes or gpu_memory_utilization, use more ranks"
+            + (", or give less to CUDA graphs (max_cudagraph_prefill, enforce_eager)" if on_gpu else "")
         )
     if blocks * block_bytes > free:
         asked = "kv_cache_memory_bytes" if user.num_kv_blocks is None else "num_kv_blocks"

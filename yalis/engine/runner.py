@@ -114,8 +114,8 @@ class Runner:
 
     Attributes:
         forward_s: seconds spent in forward passes and sampling, collectives included, since it was last set to 0; on a
-            GPU by the device's clock.
-        pipeline_s: seconds spent in transfers between stages, likewise.
+            GPU by the device's clock, and with the transfers between stages in it, which graphs hold.
+        pipeline_s: seconds spent in transfers between stages, likewise; on a GPU only the host's share, which is small.
         device_idle_s: seconds that the GPU stood still between a step and the next although there was one, likewise.
         decode_s: the part of ``forward_s`` that went into decode steps of fixed size.
         counts: kinds of steps, by name, likewise.
@@ -285,10 +285,19 @@ class Runner:
         self.penalties = PenaltyState(user.max_num_seqs, self.vocab, self.device)
         torch.cuda.empty_cache()
         prefill, padded, decode, apart = peaks
-        sizes = batch_sizes(min(graphs.decode_batch, user.max_num_seqs)) if graphs.decode_batch else ()
-        more = padded_sizes(graphs.prefill_tokens, user.max_num_seqs) if graphs.prefill_tokens else ()
-        held = graph_nbytes(len(sizes) + len(more), len(self.model.layers_of_stage))
-        return max(prefill, apart) + decode + max(decode, padded) + held + penalties
+        return max(prefill, apart) + decode + max(decode, padded) + self._held_by_graphs(graphs) + penalties
+
+    def _held_by_graphs(self, graphs: GraphLimits) -> int:
+        """Bytes of GPU memory that no two graphs share: they themselves, and what each leaves on the last stage."""
+        user = self.resolved.user
+        decodes = batch_sizes(min(graphs.decode_batch, user.max_num_seqs)) if graphs.decode_batch else ()
+        padded = padded_sizes(graphs.prefill_tokens, user.max_num_seqs) if graphs.prefill_tokens else ()
+        held = graph_nbytes(len(decodes) + len(padded), len(self.model.layers_of_stage))
+        if self.is_last_stage:
+            logits, hidden = self.model.vocab_shard_size, self.resolved.model.hidden_size
+            values = sum(decodes) * logits + sum(size.sequences for size in padded) * hidden
+            held += values * self.resolved.dtype.itemsize
+        return held
 
     def _run_imaginary(self, step: ScheduledStep) -> None:
         batch = prepare_batch(
@@ -383,7 +392,8 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self, on_graph: Callable[[], None] | None = None) -> CaptureReceipt:
-        """Capture the prepared steps as CUDA graphs, the larger ones first; collective over all ranks of the stage.
+        """Capture the prepared steps as CUDA graphs, the larger ones first; collective over all ranks: stages send each
+        other their steps.
 
         Args:
             on_graph: called after each graph.
@@ -394,6 +404,7 @@ class Runner:
             if steps is not None:
                 steps.capture(memory, on_graph)
         self.captured = clock.receipt(self.num_graphs)
+        torch.cuda.empty_cache()  # what the runs before the captures had on their stream serves no other
         logger.info(
             "captured %d CUDA graphs in %.1f s, %.0f MiB: decode of batch %s; prefill of tokens %s",
             self.captured.num_graphs,
@@ -440,6 +451,8 @@ class Runner:
                 pending.sends.append(handle)
             else:  # the stream waits, not the host: the next message may be a graph's, and must not overtake this one
                 self._timed_transfer(handle.wait)
+                assert pending.device_step is not None
+                self._clock.extend(pending.device_step)
         return pending
 
     def _send_apart(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:

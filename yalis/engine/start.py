@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +104,7 @@ def start_rank(config: EngineConfig, env: Mapping[str, str] | None = None) -> St
         # Loading and measuring take as long as a node's disk and caches let them. Nobody may wait for that in a
         # collective, where it would be taken for a loss.
         ranks.assemble("weights")
-        graphs = _choose_graphs(runner)
+        graphs = _agree_graphs(runner, ranks.agree_min)
         num_blocks = runner.allocate_kv(ranks.agree_min, graphs)
         _capture(runner, graphs, show=ranks.is_root)
         ranks.assemble("start")
@@ -127,6 +127,33 @@ def start_rank(config: EngineConfig, env: Mapping[str, str] | None = None) -> St
     return StartedRank(resolved, ranks, core, tokenizer, max_model_len, load_s, allowed)
 
 
+def _agree_graphs(runner: Runner, agree_min: Callable[[int], int]) -> GraphLimits:
+    """`_choose_graphs`, and no more than every other rank can: stages send each other what a size holds, so all must
+    have the same sizes. Collective.
+
+    Raises:
+        ConfigError: CUDA graphs were asked for and another rank cannot.
+    """
+    mine = _choose_graphs(runner)
+    if runner.device.type != "cuda":
+        return mine
+    ours = GraphLimits(agree_min(mine.decode_batch), agree_min(mine.prefill_tokens))
+    user = runner.resolved.user
+    for name, own, agreed in (
+        ("max_cudagraph_batch", mine.decode_batch, ours.decode_batch),
+        ("max_cudagraph_prefill", mine.prefill_tokens, ours.prefill_tokens),
+    ):
+        if agreed == own:
+            continue
+        if getattr(user, name):
+            raise ConfigError(
+                f"{name}={own}: another rank takes {agreed}, and all must have the same graphs; give every rank the "
+                "same options, and look at its output"
+            )
+        logger.warning("%s lowered from %d to %d: another rank has no more; look at its output", name, own, agreed)
+    return ours
+
+
 def _choose_graphs(runner: Runner) -> GraphLimits:
     """What the user asked for or, by default, what can be captured.
 
@@ -143,9 +170,11 @@ def _choose_graphs(runner: Runner) -> GraphLimits:
     if user.enforce_eager:
         logger.info("enforce_eager: no CUDA graphs")
         return GraphLimits()
+    multiple = user.max_num_batched_tokens > 1
     most = {
         "max_cudagraph_batch": _MAX_GRAPH_BATCH,
-        "max_cudagraph_prefill": min(_MAX_GRAPH_TOKENS, user.max_num_batched_tokens),
+        # A step of one token is a decode.
+        "max_cudagraph_prefill": min(_MAX_GRAPH_TOKENS, user.max_num_batched_tokens) if multiple else 0,
     }
     chosen = {}
     for name, value in asked.items():
@@ -155,8 +184,8 @@ def _choose_graphs(runner: Runner) -> GraphLimits:
         if obstacle is not None and chosen[name]:
             if value is not None:
                 raise ConfigError(f"{name}={value}: {obstacle}; leave it out, or choose another")
-            what = "short prompts are" if prompts else "decode is"
-            logger.warning("no CUDA graphs of it, so %s slower: %s", what, obstacle)
+            what = "steps with prompts" if prompts else "decode steps"
+            logger.warning("no CUDA graphs of %s, so they are slower: %s", what, obstacle)
             chosen[name] = 0
     return GraphLimits(chosen["max_cudagraph_batch"], chosen["max_cudagraph_prefill"])
 

@@ -16,20 +16,27 @@ def imaginary_steps(
     most_tokens: int, most_padded: int, max_model_len: int, most_seqs: int, block_size: int
 ) -> list[ScheduledStep]:
     """The largest steps, which no request asked for: a prefill, one that is padded (the smallest there is if none
-    is), a decode, and a decode under `_ALL_RULES`."""
+    is), a decode, and a decode under `_ALL_RULES`.
+
+    The second has a sequence of one token beside its prompts where there is room: so what such steps need is compiled
+    before stages of a pipeline wait for each other.
+    """
     decode = [1] * most_seqs, [block_size - 1] * most_seqs, 1
     return [
         _imaginary_prefill(most_tokens, max_model_len, most_seqs, block_size),
-        _imaginary_prefill(max(1, most_padded), max_model_len, most_seqs, block_size),
+        _imaginary_prefill(max(1, most_padded), max_model_len, most_seqs, block_size, decodes=1),
         _imaginary_step(*decode),
         _imaginary_step(*decode, params=_ALL_RULES),
     ]
 
 
-def _imaginary_prefill(tokens: int, max_model_len: int, most_seqs: int, block_size: int) -> ScheduledStep:
-    longest = min(tokens, max_model_len)
-    whole, rest = divmod(tokens, longest)
-    lengths = ([longest] * whole + [rest] * (rest > 0))[:most_seqs]
+def _imaginary_prefill(
+    tokens: int, max_model_len: int, most_seqs: int, block_size: int, *, decodes: int = 0
+) -> ScheduledStep:
+    decodes = min(decodes, tokens - 1, most_seqs - 1)
+    longest = min(tokens - decodes, max_model_len)
+    whole, rest = divmod(tokens - decodes, longest)
+    lengths = ([longest] * whole + [rest] * (rest > 0))[: most_seqs - decodes] + [1] * decodes
     return _imaginary_step(lengths, [0] * len(lengths), -(-longest // block_size))
 
 

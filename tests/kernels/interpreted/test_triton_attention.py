@@ -13,7 +13,7 @@ import torch
 from yalis.attention.base import AttentionBatch, AttentionSpec, LayerKV, Rotation
 from yalis.attention.registry import create_backend
 from yalis.attention.triton import TritonBackend
-from yalis.kernels import torch_reference
+from yalis.kernels import torch_reference, triton_attention
 from yalis.kernels.triton_attention import DecodeShape, PrefillShape
 
 CPU = torch.device("cpu")
@@ -170,10 +170,21 @@ def test_padded_steps_attend_to_what_is_there(lengths: list[tuple[int, int]], wi
         backend.renew_padded(plan, news, totals)
         got = backend.forward(q, kv, plan, window)
     rows = sum(news)
+    marked = torch.full_like(q, 7.0)
+    where = (static.query_start, static.seq_lens, table, 0.3)
+    assert plan.work is not None and plan.scratch is not None
+    triton_attention.prefill(
+        q, kv.k, kv.v, marked, plan.work, *where, window=window, shape=SMALL_TILES[1], pdl=False
+    )  # fmt: skip
+    triton_attention.decode(
+        q, kv.k, kv.v, marked, plan.scratch, plan.decodes, *where,
+        splits=plan.splits, window=window, shape=plan.shape, pdl=False,
+    )  # fmt: skip
+    assert torch.equal(marked[:rows], got[:rows]) and (marked[rows:] == 7.0).all()
     want = torch.zeros(rows, heads, dim)
     if there:
-        where = (starts[: len(there) + 1].to(torch.int32), static.seq_lens[: len(there)], table[: len(there)])
-        torch_reference.paged_attention(q[:rows], kv.k, kv.v, *where, 0.3, window, want)
+        lengths_there = (starts[: len(there) + 1].to(torch.int32), static.seq_lens[: len(there)], table[: len(there)])
+        torch_reference.paged_attention(q[:rows], kv.k, kv.v, *lengths_there, 0.3, window, want)
     check(got[:rows], want)
     listed = plan.listed
     assert listed is not None and (listed >= 0).sum() == sum(new == 1 for new in news) + 2 * sum(

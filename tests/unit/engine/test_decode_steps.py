@@ -96,7 +96,8 @@ def test_the_copies_of_all_kinds_have_a_place():
 )
 def test_imaginary_steps_are_the_largest_that_can_be(tokens, model_len, seqs, lengths):
     prefill, padded, decode, apart = imaginary_steps(tokens, 40, model_len, seqs, 16)
-    assert padded.num_tokens == 40 and max(item.num_tokens for item in padded.items) == min(40, model_len)
+    assert padded.num_tokens == 40 and max(item.num_tokens for item in padded.items) == min(39, model_len)
+    assert padded.items[-1].num_tokens == 1, "a decode beside the prompts"
     assert [item.num_tokens for item in prefill.items] == lengths
     assert prefill.num_tokens == sum(lengths) == min(tokens, model_len * seqs)
     for step in (decode, apart):
@@ -127,6 +128,9 @@ def test_imaginary_steps_run_and_leave_nothing_behind(monkeypatch, padded):
     found = runner._measure_activations(GraphLimits(decode_batch=4, prefill_tokens=32))
     # Decodes of 1, 2, 4; prompts of 16 and 32, each with and without room for decodes.
     graphs = graph_nbytes(3 + 4, runner.resolved.model.num_layers)
+    # What they leave: logits of the first, hidden states of one or two prompts with no or six decodes of the others.
+    hidden = (1 + 7 + 2 + 8) * runner.resolved.model.hidden_size
+    graphs += 4 * ((1 + 2 + 4) * runner.model.vocab_shard_size + hidden)
     assert found == 300 + 20 + max(20, padded) + graphs + runner.penalties.most_bytes(48)
     assert drawn[-1] == 6 and runner.kv == [] and runner.penalties._output_counts is None
 

@@ -27,14 +27,18 @@ def test_sizes():
     sizes = padded_sizes(300, 20)
     assert [size.tokens for size in sizes if size.decodes == 0] == [16, 32, 64, 128, 256, 300]
     assert [size.decodes for size in sizes if size.tokens == 64] == [0, 16, 20]
-    assert [size.decodes for size in sizes if size.tokens == 16] == [0], "decodes leave no room for a prompt"
+    assert [size.decodes for size in sizes if size.tokens == 16] == [0, 14], "beside a prompt of two tokens"
     assert {size.tokens: size.prompts for size in sizes} == {16: 1, 32: 2, 64: 4, 128: 8, 256: 16, 300: 18}
+    for most in (2, 16, 300, 1024, 2048):
+        for sequences in (1, 2, 16, 64, 300, 1000, 5000):
+            assert all(size.sequences <= size.tokens for size in padded_sizes(most, sequences))
+            assert all(size.prompts >= 1 for size in padded_sizes(most, sequences))
+            assert padded_sizes(most, sequences)[-1].tokens == most
     assert list(sizes) == sorted(sizes)
     assert {size.decodes for size in padded_sizes(1024, 1)} == {0}
     assert {size.decodes for size in padded_sizes(1024, 256) if size.tokens == 512} == {0, 16, 64, 256}
     assert {size.decodes for size in padded_sizes(1024, 256) if size.tokens > 512} == {256}
-    assert {size.decodes for size in padded_sizes(1024, 1000) if size.tokens > 512} == {639, 767, 895, 1000}
-    assert [size.tokens for size in padded_sizes(1, 4)] == [1]
+    assert {size.decodes for size in padded_sizes(1024, 1000) if size.tokens > 512} == {638, 766, 894, 1000}
 
 
 def item(number: int, start: int, count: int, length: int, *, blocks: list[int], **params: Any) -> ScheduledSequence:
@@ -121,6 +125,8 @@ def generate(*, padded: int, **options: Any) -> tuple[list[Any], Any]:
     for number in range(12):
         params = SamplingParams(**kinds[number % 4], max_tokens=rng.randrange(2, 12), ignore_eos=True, detokenize=False)
         prompt = [rng.randrange(1, 2000) for _ in range(rng.randrange(1, 60))]
+        if number % 3 == 2:  # one token behind whole blocks that an earlier request has left
+            prompt = [*arrivals[number - 2][2][:32], 7]
         arrivals.append((number * 2, str(number), prompt, params))
     done: dict[str, Any] = {}
     turn = 0
@@ -131,10 +137,13 @@ def generate(*, padded: int, **options: Any) -> tuple[list[Any], Any]:
         for output in engine.poll():
             done[output.request_id] = output
         turn += 1
+    preemptions = engine.stats().num_preemptions
     engine.close()
     assert rank.core.blocks.usage == 0.0
-    found = [(done[str(i)].outputs[0], done[str(i)].prompt_logprobs) for i in range(12)]
-    return [(o.token_ids, o.logprobs, scores) for o, scores in found], runner.counts
+    outputs = [done[str(i)] for i in range(12)]
+    reused = sum(o.metrics.num_cached_tokens for o in outputs)
+    found = [(o.outputs[0].token_ids, o.outputs[0].logprobs, o.prompt_logprobs) for o in outputs]
+    return found, (runner.counts, preemptions, reused)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -142,8 +151,9 @@ def generate(*, padded: int, **options: Any) -> tuple[list[Any], Any]:
 def test_padding_changes_no_token(overlap: bool, more: dict[str, int]):
     """With chunks of prompts, reused prefixes, preemption; whatever does not fit runs as before."""
     options = {"overlap_scheduling": overlap, "max_num_seqs": 5, **more}
-    plain, plain_counts = generate(padded=0, **options)
-    fixed, counts = generate(padded=24 if more else 48, **options)
+    plain, (plain_counts, _, _) = generate(padded=0, **options)
+    fixed, (counts, preemptions, reused) = generate(padded=24 if more else 48, **options)
     assert fixed == plain
     assert plain_counts.padded == 0
+    assert (preemptions > 0) == bool(more) and reused > 0
     assert counts.padded >= 8 and counts.other > 0
