@@ -59,14 +59,25 @@ class PaddedSize:
         return tokens <= self.tokens and decodes <= self.decodes and prompts <= self.prompts
 
 
+def padded_tokens(tokens: int, most_tokens: int) -> int:
+    """Tokens that a step of so many is padded to; itself above ``most_tokens``, where nothing is padded."""
+    if tokens > most_tokens:
+        return tokens
+    return min(size for size in _token_sizes(most_tokens) if size >= tokens)
+
+
+def _token_sizes(most_tokens: int) -> set[int]:
+    steps = {*_SMALL_SIZES, *range(_SIZE_STEP, most_tokens, _SIZE_STEP), most_tokens}
+    return {tokens for tokens in steps if _LEAST_TOKENS <= tokens <= most_tokens}
+
+
 def padded_sizes(most_tokens: int, most_sequences: int) -> tuple[PaddedSize, ...]:
     """Sizes that get a graph, ascending: 16, 32, 64, 128, 256, 384, ... up to ``most_tokens``, which is always one of
     them, each with room for as many decodes as there can be beside a prompt, small ones also without and for 16, 64
     and 256."""
-    steps = {*_SMALL_SIZES, *range(_SIZE_STEP, most_tokens, _SIZE_STEP), most_tokens}
     every = most_sequences if most_sequences > 1 else 0
     sizes = []
-    for tokens in (tokens for tokens in steps if _LEAST_TOKENS <= tokens <= most_tokens):
+    for tokens in _token_sizes(most_tokens):
         # The least prompt has two tokens: one of a single token is a decode.
         most = min(every, tokens - 2)
         for decodes in {n for n in _DECODES if n < most and tokens <= _FEW_TOKENS} | {most}:

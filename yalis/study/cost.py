@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from yalis.engine.prefill_steps import padded_tokens
 from yalis.errors import ConfigError
 from yalis.models.config import ModelConfig, stage_layers, validate_parallel
 from yalis.study.cluster import Cluster, Rates
@@ -363,7 +364,9 @@ def prefill_terms(model: ModelConfig, cluster: Cluster, layout: Layout, algorith
     # Causal: on average half of the prompt is visible to a token.
     pairs = workload.batch * workload.input_len * (workload.input_len + 1) / 2 / chunks
     sequences = max(1, round(rows_mean / workload.input_len))
-    step = Step(round(rows_mean), sequences, 0.0, pairs, sequences)
+    # On GPUs such steps are CUDA graphs of padded sizes.
+    computed = round(rows_mean) if cluster.device.shared else padded_tokens(round(rows_mean), CHUNK_TOKENS)
+    step = Step(computed, sequences, 0.0, pairs, sequences)
     rates = rates_of(cluster, layout, 1)
     arrival = Terms(host_s=rates.arrival_s.value) if rates is not None else Terms()
     if stages == 1:

@@ -13,7 +13,7 @@ from tests.support.padded_native import pad_native
 from yalis.config import EngineConfig
 from yalis.engine.batch import prepare_batch
 from yalis.engine.handle import LocalEngine
-from yalis.engine.prefill_steps import PaddedInputs, PaddedSize, PrefillSteps, padded_sizes
+from yalis.engine.prefill_steps import PaddedInputs, PaddedSize, PrefillSteps, padded_sizes, padded_tokens
 from yalis.engine.request import Sequence
 from yalis.engine.sampling_params import SamplingParams
 from yalis.engine.scheduler import ScheduledSequence, ScheduledStep
@@ -39,6 +39,13 @@ def test_sizes():
     assert {size.decodes for size in padded_sizes(1024, 256) if size.tokens == 512} == {0, 16, 64, 256}
     assert {size.decodes for size in padded_sizes(1024, 256) if size.tokens > 512} == {256}
     assert {size.decodes for size in padded_sizes(1024, 1000) if size.tokens > 512} == {638, 766, 894, 1000}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "padded"), [(1, 16), (16, 16), (17, 32), (129, 256), (400, 512), (513, 600), (601, 601)]
+)
+def test_what_a_step_is_padded_to(tokens: int, padded: int):
+    assert padded_tokens(tokens, 600) == padded
 
 
 def item(number: int, start: int, count: int, length: int, *, blocks: list[int], **params: Any) -> ScheduledSequence:

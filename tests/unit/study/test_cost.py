@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from yalis.errors import ConfigError
 from yalis.models.config import ModelConfig
 from yalis.study import cost
-from yalis.study.cluster import Constant, Fit, Rates, load_cluster
+from yalis.study.cluster import Cluster, Constant, Fit, Rates, load_cluster
 from yalis.study.cost import Layout
 from yalis.study.terms import NAMES, Terms
 from yalis.study.workload import Workload, kinds, parse_workload
@@ -52,6 +52,15 @@ def test_prefill_of_one_gpu_is_bound_by_products() -> None:
     # Four chunks cost about four times one.
     four = cost.prefill_terms(M8, PM, Layout(1, 1, 1), "nccl", Workload("x", 4, 2048, 1))
     assert four.total_s == pytest.approx(4 * terms.total_s, rel=0.01)
+
+
+def test_prompts_are_padded_on_gpus() -> None:
+    def gemm_s(tokens: int, cluster: Cluster) -> float:
+        return cost.prefill_terms(M8, cluster, Layout(1, 1, 1), "nccl", Workload("x", 1, tokens, 1)).gemm_s
+
+    assert gemm_s(400, PM) == gemm_s(512, PM) < gemm_s(513, PM) == gemm_s(640, PM)
+    host = load_cluster("cpu-host")
+    assert gemm_s(400, host) < gemm_s(512, host)
 
 
 def test_all_reduce_term_counts_two_a_layer() -> None:
