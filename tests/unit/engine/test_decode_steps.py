@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.arrivals import Arrival, serve
 from tests.support.checkpoints import DEMO
 from yalis import LLM
 from yalis.config import EngineConfig
@@ -256,19 +257,10 @@ def generate(*, fixed_sizes: int, **options: Any) -> tuple[list[list[int]], Any]
             **kinds[number % len(kinds)], max_tokens=rng.randrange(2, 24), ignore_eos=True, detokenize=False
         )
         prompt = [rng.randrange(1, 2000) for _ in range(rng.randrange(1, 40))]
-        arrivals.append((number * 2, str(number), prompt, params))
-    done: dict[str, Any] = {}
-    turn = 0
-    while arrivals or engine.engine.has_unfinished_requests:
-        while arrivals and arrivals[0][0] <= turn:
-            _, name, prompt, params = arrivals.pop(0)
-            engine.submit(name, prompt, params, stream=False)
-        for output in engine.poll():
-            done[output.request_id] = output
-        turn += 1
+        arrivals.append(Arrival(number * 2, prompt, params))
+    outputs = [output.outputs[0] for output in serve(engine, arrivals)]
     engine.close()
     assert rank.core.blocks.usage == 0.0
-    outputs = [done[str(i)].outputs[0] for i in range(14)]
     logprobs = [o.logprobs for o in outputs]
     return [o.token_ids for o in outputs], (logprobs, runner.counts)
 

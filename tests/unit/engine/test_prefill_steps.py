@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.arrivals import Arrival, serve
 from tests.support.checkpoints import DEMO
 from tests.support.padded_native import pad_native
 from yalis.config import EngineConfig
@@ -128,26 +129,17 @@ def generate(*, padded: int, **options: Any) -> tuple[list[Any], Any]:
         dict(temperature=1.0, top_p=0.9, seed=4, logprobs=1),
         dict(temperature=0.0, prompt_logprobs=1),
     ]
-    arrivals = []
+    arrivals: list[Arrival] = []
     for number in range(12):
         params = SamplingParams(**kinds[number % 4], max_tokens=rng.randrange(2, 12), ignore_eos=True, detokenize=False)
         prompt = [rng.randrange(1, 2000) for _ in range(rng.randrange(1, 60))]
         if number % 3 == 2:  # one token behind whole blocks that an earlier request has left
-            prompt = [*arrivals[number - 2][2][:32], 7]
-        arrivals.append((number * 2, str(number), prompt, params))
-    done: dict[str, Any] = {}
-    turn = 0
-    while arrivals or engine.engine.has_unfinished_requests:
-        while arrivals and arrivals[0][0] <= turn:
-            _, name, prompt, params = arrivals.pop(0)
-            engine.submit(name, prompt, params, stream=False)
-        for output in engine.poll():
-            done[output.request_id] = output
-        turn += 1
+            prompt = [*arrivals[number - 2].prompt[:32], 7]
+        arrivals.append(Arrival(number * 2, prompt, params))
+    outputs = serve(engine, arrivals)
     preemptions = engine.stats().num_preemptions
     engine.close()
     assert rank.core.blocks.usage == 0.0
-    outputs = [done[str(i)] for i in range(12)]
     reused = sum(o.metrics.num_cached_tokens for o in outputs)
     found = [(o.outputs[0].token_ids, o.outputs[0].logprobs, o.prompt_logprobs) for o in outputs]
     return found, (runner.counts, preemptions, reused)
