@@ -63,27 +63,42 @@ def main() -> None:
 
 def steps(model: str, input_len: int, calls: int) -> None:
     """Measure steps that compute a prompt."""
-    from yalis import LLM, SamplingParams
+    from yalis.config import EngineConfig
+    from yalis.engine.handle import LocalEngine, follow
+    from yalis.engine.sampling_params import SamplingParams
+    from yalis.engine.start import start_rank
 
-    llm = LLM(
-        model,
-        load_format="dummy",
-        tensor_parallel_size=int(os.environ["WORLD_SIZE"]),
-        ranks_per_node=1,
-        enable_prefix_caching=False,
-        max_num_seqs=1,
-        max_model_len=input_len + 1,
+    rank = start_rank(
+        EngineConfig(
+            model,
+            load_format="dummy",
+            tensor_parallel_size=int(os.environ["WORLD_SIZE"]),
+            ranks_per_node=1,
+            enable_prefix_caching=False,
+            max_num_seqs=1,
+            max_model_len=input_len + 1,
+        )
     )
-    rank = llm._follower or llm._handle._rank  # type: ignore[union-attr]
     comm = rank.core.runner.tp
+    engine = LocalEngine(rank) if rank.ranks.is_root else None
     prompt = torch.randint(3, 1000, (input_len,), generator=torch.Generator().manual_seed(0)).tolist()
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
+
+    def generate() -> None:
+        if engine is None:
+            follow(rank)
+            return
+        engine.submit("0", prompt, params, stream=False)
+        outputs = []
+        while not outputs:
+            outputs = engine.poll()
+        assert outputs[0].error is None, outputs[0].error
+        engine.publish_results(outputs)
 
     def step() -> tuple[float, ...]:
         comm.barrier()
         wall, processor = perf_counter(), process_time()
-        [out] = llm.generate([prompt], params)
-        assert out.error is None, out.error
+        generate()
         return perf_counter() - wall, process_time() - processor
 
     times = [over_ranks(comm, found) for found in in_turn(comm, step, calls)]
@@ -91,7 +106,7 @@ def steps(model: str, input_len: int, calls: int) -> None:
         print(f"{'':>9} {HEADER}")
         print(f"{'wall':>9} {words(*(found[:, :, 0].amax(0).tolist() for found in times), 1e3)}")
         print(f"{'processor':>9} {words(*(found[:, :, 1].sum(0).tolist() for found in times), 1e3)}")
-    llm.close()
+    rank.close()
 
 
 def in_turn(
