@@ -75,7 +75,7 @@ def test_choice_of_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fresh_choice")
 def test_tune_leaves_the_cpu_alone() -> None:
     packed = ops.pack_linear(torch.randn(8, 8))
-    assert ops.tune_products([(packed, False)], [1, 8]).products == 0
+    assert ops.tune_products([ops.LinearUse(packed)], [1, 8]).products == 0
 
 
 def test_file_of_choices_keeps_what_others_added(tmp_path: Path) -> None:

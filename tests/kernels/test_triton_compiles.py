@@ -1,4 +1,4 @@
-"""The attention kernels compile for a GPU, without one: the interpreter takes programs that the compiler refuses."""
+"""The large kernels compile for a GPU, without one: the interpreter takes programs that the compiler refuses."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from yalis.kernels import triton_attention
+from yalis.kernels import gemm, triton_attention, triton_gemm
 
 BF16, FP32, INT32, INT64 = "*bf16", "*fp32", "*i32", "*i64"
 POINTERS = {
@@ -25,6 +26,15 @@ DECODE = {**SHAPE, "GROUP_PAD": 4, "ROWS": 16, "HALF_PAD": 64, "KEYS": 64, "STAG
 PREFILL = {**SHAPE, "QUERIES": 32, "ROWS": 128, "KEYS": 32, "STAGES": 4}
 
 
+def compiled(function: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int) -> str:
+    """Its PTX for Hopper; whatever is no pointer and no constant is an int32."""
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    source = ASTSource(function, signature, {(names.index(name),): value for name, value in constants.items()})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return str(made.asm["ptx"])
+
+
 @pytest.mark.parametrize(
     ("kernel", "constants"),
     [
@@ -36,9 +46,27 @@ PREFILL = {**SHAPE, "QUERIES": 32, "ROWS": 128, "KEYS": 32, "STAGES": 4}
 )
 def test_attention(kernel: str, constants: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(triton_attention, kernel)
-    names = function.arg_names
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
-    source = ASTSource(function, signature, {(names.index(name),): value for name, value in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert "griddepcontrol.wait" in compiled.asm["ptx"]
+    ptx = compiled(getattr(triton_attention, kernel), POINTERS, constants, 4)
+    assert "griddepcontrol.wait" in ptx
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_products(rows: int, gated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held is loaded, and what follows asked for, before the wait for the predecessor."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = {**dict.fromkeys(("x", "weight", "bias", "out"), BF16), "parts": FP32, "counters": INT32}
+    shapes = [shape for shape in gemm.candidates(rows, torch.bfloat16, gated=gated) if shape.held]
+    for shape in (shapes[0], shapes[-1]):
+        constants = dict(
+            ROWS=shape.rows, COLUMNS=shape.columns, STAGES=shape.stages, GATED=gated, BIAS=False, WHOLE=True, PDL=True,
+            HELD=shape.held, WARPS=shape.warps,
+        )  # fmt: skip
+        function = triton_gemm._one_row
+        if shape.splits:
+            function = triton_gemm._few_rows
+            constants |= dict(TOKENS=shape.padded(rows), SPLITS=shape.splits, PRECISION="tf32")
+        before, after = compiled(function, pointers, constants, shape.warps).split("griddepcontrol.wait")
+        asked = before.count("cp.async.bulk.prefetch.L2")
+        assert asked == (2 if gated else 1) and "prefetch" not in after
+        assert before.count("ld.global") >= shape.rows * shape.held * asked // (32 * shape.warps * 8)

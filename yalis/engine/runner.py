@@ -198,8 +198,8 @@ class Runner:
             init_dummy(self.model, user.seed)
         else:
             receipt = load_weights(self.model, self.resolved.model_path, on_progress=on_progress)
-        for packed, _ in self.model.products():
-            packed.skipped = user.compute == "null"
+        for use in self.model.products():
+            use.packed.skipped = user.compute == "null"
         return receipt
 
     def tune_products(self, on_progress: Callable[[int, int], None] | None = None) -> None:
@@ -211,7 +211,7 @@ class Runner:
         products = list(self.model.products())
         if self.resolved.user.compute == "null":
             return
-        nbytes = sum(packed.nbytes for packed, _ in products)
+        nbytes = sum(use.packed.nbytes for use in products)
         if nbytes < _WORTH_TUNING_BYTES:
             logger.info("products of few rows are not measured: the model has only %d MiB", nbytes >> 20)
             return

@@ -44,6 +44,8 @@ _CALLS = 24
 _MOST_SHARED_BYTES = 220 << 10
 _REPLAYS = 5
 _CUBLAS = "cublas"
+# What memory idles before a product that waits: an all-reduce with norm between two GPUs, or attention to few keys.
+_IDLE_US = 4.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Product:
         dtype: of weight and activations.
         gated: ``silu(gate) * up`` of the two halves follows.
         bias: whether there is one.
+        waits: the kernel before it leaves memory alone for some microseconds (`ProductUse`). Says how the product is
+            measured; no two products differ by it alone.
     """
 
     rows: int
@@ -64,10 +68,21 @@ class Product:
     dtype: torch.dtype
     gated: bool
     bias: bool
+    waits: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
-        marks = (" gated" if self.gated else "") + (" bias" if self.bias else "")
+        marks = (" gated" if self.gated else "") + (" bias" if self.bias else "") + (" waits" if self.waits else "")
         return f"{self.rows} x {self.n} x {self.k} {str(self.dtype).removeprefix('torch.')}{marks}"
+
+
+@dataclass(frozen=True)
+class ProductUse:
+    """A weight [N, K] and bias [N] or None, and how decode steps use them (`yalis.kernels.ops.LinearUse`)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    gated: bool
+    waits: bool
 
 
 @dataclass(frozen=True)
@@ -118,24 +133,34 @@ def candidates(rows: int, dtype: torch.dtype, *, gated: bool) -> list[GemmShape]
         return [
             GemmShape(16, 512, 8, 3),
             GemmShape(4, 1024, 4, 2),
-            GemmShape(4, 1024, 4, 3),
-            GemmShape(8, 512, 4, 4),
-            GemmShape(16, 256, 4, 4),
+            GemmShape(4, 1024, 4, 2, ahead=4),
+            GemmShape(4, 1024, 4, 3, held=1024, ahead=8),
+            GemmShape(4, 1024, 4, 3, held=2048, ahead=8),
+            GemmShape(8, 512, 4, 4, held=2048, ahead=8),
+            GemmShape(16, 512, 8, 3, held=1024),
+            GemmShape(2, 2048, 4, 2, ahead=12),
+            GemmShape(2, 2048, 4, 2, held=2048),
         ]
     found = [
-        GemmShape(16, 512, 1, 3, splits=1, ahead=512),
-        GemmShape(16, 128, 1, 6, splits=1),
-        GemmShape(32, 256, 2, 4, splits=1),
+        GemmShape(16, 512, 1, 3, splits=1),
+        GemmShape(16, 512, 1, 3, splits=1, ahead=4),
+        GemmShape(16, 128, 1, 6, splits=1, held=256, ahead=8),
+        GemmShape(32, 256, 2, 4, splits=1, held=512),
+        GemmShape(32, 256, 2, 4, splits=1, held=512, ahead=8),
         GemmShape(64, 128, 4, 4, splits=1, tokens=16),
-        GemmShape(64, 128, 4, 5, splits=2),
-        GemmShape(64, 128, 4, 3, splits=4, tokens=16),
+        GemmShape(64, 128, 4, 4, splits=1, tokens=16, ahead=24),
+        GemmShape(64, 128, 4, 4, splits=1, tokens=16, held=512, ahead=8),
+        GemmShape(64, 128, 4, 5, splits=2, ahead=8),
+        GemmShape(64, 128, 4, 5, splits=2, held=512, ahead=16),
+        GemmShape(64, 128, 4, 3, splits=4, tokens=16, held=256),
     ]
     return [shape for shape in found if _shared_bytes(shape, rows, gated) <= _MOST_SHARED_BYTES]
 
 
 def _shared_bytes(shape: GemmShape, rows: int, gated: bool) -> int:
-    """Tiles in flight of `triton_gemm._few_rows` in 16 bits."""
-    return 2 * shape.stages * shape.columns * (shape.rows * (2 if gated else 1) + shape.padded(rows))
+    """Tiles in flight of `triton_gemm._few_rows` in 16 bits, and held ones on their way to the matrix units."""
+    columns = shape.stages * shape.columns + shape.held
+    return 2 * columns * (shape.rows * (2 if gated else 1) + shape.padded(rows))
 
 
 def run(
@@ -194,33 +219,37 @@ def _choice(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *,
 
 
 def tune(
-    weights: Iterable[tuple[torch.Tensor, torch.Tensor | None, bool]],
+    uses: Iterable[ProductUse],
     batch_sizes: Sequence[int],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TuneReceipt:
     """Choose for each product of a model and each number of rows; takes effect in this process at once.
 
     Args:
-        weights: (weight [N, K], bias [N] or None, gated) of every product of the model. Several of one shape are
-            timed in turn; a single small one is copied until it cannot stay in the cache.
+        uses: every product of the model. Several of one shape are timed in turn; a single small one is copied until it
+            cannot stay in the cache.
         batch_sizes: numbers of rows that decode steps will have.
         on_progress: called with (products done, products to measure).
     """
     started = time.perf_counter()
-    groups: dict[tuple[int, int, torch.dtype, bool, bool], list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
-    for weight, bias, gated in weights:
+    groups: dict[tuple[int, int, torch.dtype, bool, bool], list[ProductUse]] = {}
+    for use in uses:
+        weight = use.weight
         if gpu_kernels().serves(weight) and weight.stride(1) == 1:
             n, k = weight.shape
-            key = (n // 2 if gated else n, k, weight.dtype, gated, bias is not None)
-            groups.setdefault(key, []).append((weight, bias))
+            key = (n // 2 if use.gated else n, k, weight.dtype, use.gated, use.bias is not None)
+            groups.setdefault(key, []).append(use)
     rows = [r for i, r in enumerate(_ROWS) if any((0, *_ROWS)[i] < size <= r for size in batch_sizes)]
     state = _state()
     chosen = state.chosen
     if not groups or not rows:
         return TuneReceipt(0, 0, time.perf_counter() - started, 0)
-    path = _file(next(iter(groups.values()))[0][0].device)
+    path = _file(next(iter(groups.values()))[0].weight.device)
     known = _read(path)
-    wanted = {Product(r, *key): members for key, members in groups.items() for r in rows}
+    wanted: dict[Product, list[ProductUse]] = {}
+    for key, members in groups.items():
+        waits = gpu_kernels().pdl and any(use.waits for use in members)
+        wanted |= {Product(r, *key, waits=waits): members for r in rows}
     missing = [product for product in wanted if str(product) not in known]
     _compile({product: wanted[product] for product in missing})
     for done, product in enumerate(missing):
@@ -245,31 +274,36 @@ def tune(
     return receipt
 
 
-def _compile(wanted: Mapping[Product, Sequence[tuple[torch.Tensor, torch.Tensor | None]]]) -> None:
+def _compile(wanted: Mapping[Product, Sequence[ProductUse]]) -> None:
     """Compile every candidate, many at a time: one after the other they would take longer than all the rest."""
     from triton import AsyncCompileMode
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for product, members in wanted.items():
-            weight, bias = members[0]
+            weight, bias = members[0].weight, members[0].bias
             x = torch.empty((product.rows, product.k), dtype=product.dtype, device=weight.device)
             for shape in candidates(product.rows, product.dtype, gated=product.gated):
                 run(x, weight, bias, shape, gated=product.gated, compile_only=True)
 
 
-def _measure(product: Product, members: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> dict[str, Any]:
-    """Times of every way to compute ``product`` after a norm, in microseconds, and the fastest."""
+def _measure(product: Product, members: Sequence[ProductUse]) -> dict[str, Any]:
+    """Times of every way to compute ``product`` and what goes before it, in microseconds, and the fastest."""
     from yalis.kernels.triton_elementwise import rms_norm, silu_and_mul
+    from yalis.kernels.triton_gemm import idle
 
     weights = _rotation(members)
     device = weights[0][0].device
     x = torch.randn(product.rows, product.k, dtype=torch.float32, device=device).to(product.dtype)
     gain, held = torch.ones(product.k, dtype=product.dtype, device=device), torch.zeros_like(x)
+    clock = torch.zeros(1, dtype=torch.int64, device=device)
 
     def time(compute: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]) -> float:
         def call(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-            # A small kernel goes before every product, as in the model: what a product does while it waits counts, too.
-            rms_norm(x, held, gain, 1e-5, x, pdl=gpu_kernels().pdl)
+            # A kernel goes before every product, as in the model: what a product does while it waits counts, too.
+            if product.waits:
+                idle(clock, _IDLE_US)
+            else:
+                rms_norm(x, held, gain, 1e-5, x, pdl=gpu_kernels().pdl)
             compute(weight, bias)
 
         return _time([partial(call, weight, bias) for weight, bias in weights], device)
@@ -295,12 +329,10 @@ def _measure(product: Product, members: Sequence[tuple[torch.Tensor, torch.Tenso
     return {"choice": None if best[1] is None else asdict(best[1]), "us": {n: round(t, 2) for n, t in times.items()}}
 
 
-def _rotation(
-    members: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+def _rotation(members: Sequence[ProductUse]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """Enough different weights of one shape that none is still in the cache when its turn comes."""
-    count = min(_CALLS, max(2, math.ceil(_ROTATED_BYTES / members[0][0].nbytes)))
-    weights = list(members[:count])
+    count = min(_CALLS, max(2, math.ceil(_ROTATED_BYTES / members[0].weight.nbytes)))
+    weights = [(use.weight, use.bias) for use in members[:count]]
     while len(weights) < count:
         weights.append((weights[0][0].clone(), weights[0][1]))
     return weights

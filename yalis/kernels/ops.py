@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from yalis.kernels.memory import alloc_weight
 from yalis.utils.logging import get_logger, log_once
 
 __all__ = [
+    "LinearUse",
     "PackedLinear",
     "add_rms_norm",
     "alloc_weight",
@@ -180,6 +181,22 @@ class PackedLinear:
         return f"PackedLinear({self.shape[0]} x {self.shape[1]}, {self.dtype}, {layout}, bias={self._bias is not None})"
 
 
+class LinearUse(NamedTuple):
+    """How decode steps use a linear.
+
+    Attributes:
+        packed: the linear.
+        gated: `linear_silu_and_mul` computes it.
+        waits: what goes before it leaves memory alone for some microseconds: an all-reduce between ranks, or attention.
+            On a GPU it is then measured after such a time, since weights that come near meanwhile are worth more than
+            the best pace afterwards.
+    """
+
+    packed: PackedLinear
+    gated: bool = False
+    waits: bool = False
+
+
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
     """Put ``weight`` [N, K] (and ``bias`` [N]) in the layout that `linear` wants on its device.
 
@@ -227,19 +244,19 @@ def linear(x: torch.Tensor, packed: PackedLinear, out: torch.Tensor | None = Non
 
 
 def tune_products(
-    products: Iterable[tuple[PackedLinear, bool]],
+    products: Iterable[LinearUse],
     batch_sizes: Sequence[int],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> gemm.TuneReceipt:
     """Choose by measurement who computes the products of few rows on a GPU (`yalis.kernels.gemm.tune`).
 
     Args:
-        products: the linears of a model, and whether each is used by `linear_silu_and_mul`; those that are not on a
-            GPU are left alone.
+        products: the linears of a model; those that are not on a GPU are left alone.
         batch_sizes: numbers of rows that decode steps will have.
         on_progress: called with (products done, products to measure).
     """
-    return gemm.tune(((p._weight, p._bias, gated) for p, gated in products), batch_sizes, on_progress)
+    uses = (gemm.ProductUse(use.packed._weight, use.packed._bias, use.gated, use.waits) for use in products)
+    return gemm.tune(uses, batch_sizes, on_progress)
 
 
 def linear_silu_and_mul(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:

@@ -43,6 +43,15 @@ def ask_for(pointers):
 
 
 @triton.jit
+def ask_for_span(pointers, nbytes):
+    """Bring ``nbytes`` at each of ``pointers`` into the second-level cache, both multiples of 16; none if below 1."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.gt.s32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [pointers, nbytes], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _rms_norm(
     x, residual, weight, out, x_step, x_inner, residual_step, out_step, out_inner, inner, size, eps,
     ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -5,8 +5,9 @@ weight as the left operand of the matrix units, so that its 64 or more rows fill
 columns. Both accumulate in fp32 and round once; with GATED they compute a row of gate and a row of up side by side and
 leave ``silu(gate) * up``, rounded as two kernels would round it.
 
-With PDL a program first asks for the beginning of its weights, which no kernel writes, and only then waits for its
-predecessor: memory is busy while the predecessor drains.
+With PDL a program loads the beginning of its weights, which no kernel writes, into registers, asks for what follows
+to come into the second-level cache, and only then waits for its predecessor: memory is busy while ranks talk to each
+other, while attention goes through few keys, and while any kernel drains (docs/kernels.md, "Weights before the wait").
 """
 
 from __future__ import annotations
@@ -18,40 +19,58 @@ import torch
 import triton
 import triton.language as tl
 
-from yalis.kernels.triton_elementwise import ask_for, silu_product
+from yalis.kernels.triton_elementwise import ask_for_span, silu_product
 
 
 @triton.jit
-def _ask_ahead(weight, step, rows, n, k, ahead, SIZE: tl.constexpr):
-    """The first ``ahead`` columns of the weight's ``rows``, or somewhat more."""
-    LINE: tl.constexpr = 128 // SIZE
-    first = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * step
-    for at in tl.range(0, ahead, 8 * LINE):
-        columns = at + tl.arange(0, 8) * LINE
-        ask_for(first + tl.minimum(columns, k - 1)[None, :])
+def _ask_for_columns(
+    weight, step, first_row, n, begin, end, ROWS: tl.constexpr, SIZE: tl.constexpr, WARPS: tl.constexpr
+):
+    """Columns ``begin`` to ``end`` of ``ROWS`` rows of the weight, each by one instruction of one thread."""
+    lane = tl.arange(0, 32 * WARPS)
+    row = first_row + lane
+    nbytes = (end - begin) * SIZE // 16 * 16
+    nbytes = tl.where((lane < ROWS) & (row < n), nbytes, 0)
+    ask_for_span(weight + tl.minimum(row, n - 1).to(tl.int64) * step + begin, nbytes)
 
 
 @triton.jit(do_not_specialize=["ahead"])
 def _one_row(
     x, weight, bias, out, n, k, weight_step, ahead,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr, HELD: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = weight.dtype.element_ty
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first_row = tl.program_id(0) * ROWS
+    rows = first_row + tl.arange(0, ROWS)
     inside = rows < n
     start = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * weight_step
+    up_weight = weight + n.to(tl.int64) * weight_step
     second = start + n.to(tl.int64) * weight_step
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        _ask_ahead(weight, weight_step, rows, n, k, ahead, SIZE)
+    if HELD:
+        near = tl.arange(0, HELD)
+        held = tl.load(start + near[None, :], eviction_policy="evict_first")
         if GATED:
-            _ask_ahead(weight + n.to(tl.int64) * weight_step, weight_step, rows, n, k, ahead, SIZE)
+            held_up = tl.load(second + near[None, :], eviction_policy="evict_first")
+    if PDL:
+        last = tl.minimum(HELD + ahead, k)
+        _ask_for_columns(weight, weight_step, first_row, n, HELD, last, ROWS, SIZE, WARPS)
+        if GATED:
+            _ask_for_columns(up_weight, weight_step, first_row, n, HELD, last, ROWS, SIZE, WARPS)
         tl.extra.cuda.gdc_wait()
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     more = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for at in tl.range(0, k, COLUMNS, num_stages=STAGES):
+    found = tl.zeros([ROWS], tl.float32)
+    up = tl.zeros([ROWS], tl.float32)
+    if HELD:
+        near_x = tl.load(x + near).to(tl.float32)[None, :]
+        found = tl.sum(held.to(tl.float32) * near_x, 1)
+        if GATED:
+            up = tl.sum(held_up.to(tl.float32) * near_x, 1)
+    for at in tl.range(HELD, k, COLUMNS, num_stages=STAGES):
         columns = at + tl.arange(0, COLUMNS)
         if WHOLE:
             values = tl.load(x + columns).to(tl.float32)[None, :]
@@ -64,11 +83,11 @@ def _one_row(
             sums += tl.load(start + columns[None, :], mask=there[None, :], other=0).to(tl.float32) * values
             if GATED:
                 more += tl.load(second + columns[None, :], mask=there[None, :], other=0).to(tl.float32) * values
-    found = tl.sum(sums, 1)
+    found += tl.sum(sums, 1)
     if BIAS:
         found += tl.load(bias + rows, mask=inside, other=0).to(tl.float32)
     if GATED:
-        up = tl.sum(more, 1)
+        up += tl.sum(more, 1)
         if BIAS:
             up += tl.load(bias + n + rows, mask=inside, other=0).to(tl.float32)
         product = silu_product(found.to(DTYPE).to(tl.float32), up.to(DTYPE).to(tl.float32), DTYPE)
@@ -98,30 +117,44 @@ def _few_rows(
     x, weight, bias, out, parts, counters, m, n, k, x_step, weight_step, out_step, ahead,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HELD: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = weight.dtype.element_ty
     SIZE: tl.constexpr = DTYPE.primitive_bitwidth // 8
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    rows = tile * ROWS + tl.arange(0, ROWS)
+    first_row = tile * ROWS
+    rows = first_row + tl.arange(0, ROWS)
     tokens = tl.arange(0, TOKENS)
     per_split = tl.cdiv(tl.cdiv(k, COLUMNS), SPLITS) * COLUMNS
     begin = split * per_split
     end = tl.minimum(begin + per_split, k)
     start = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * weight_step
+    up_weight = weight + n.to(tl.int64) * weight_step
     second = start + n.to(tl.int64) * weight_step
     values = x + tl.minimum(tokens, m - 1).to(tl.int64)[None, :] * x_step
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        own = weight + begin
-        near = tl.minimum(ahead, end - begin)
-        _ask_ahead(own, weight_step, rows, n, k - begin, near, SIZE)
+    if HELD:
+        near = begin + tl.arange(0, HELD)
+        held = tl.load(start + near[None, :])
         if GATED:
-            _ask_ahead(own + n.to(tl.int64) * weight_step, weight_step, rows, n, k - begin, near, SIZE)
+            held_up = tl.load(second + near[None, :])
+    if PDL:
+        first = begin + HELD
+        last = tl.minimum(first + ahead, end)
+        _ask_for_columns(weight, weight_step, first_row, n, first, last, ROWS, SIZE, WARPS)
+        if GATED:
+            _ask_for_columns(up_weight, weight_step, first_row, n, first, last, ROWS, SIZE, WARPS)
         tl.extra.cuda.gdc_wait()
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     more = tl.zeros([ROWS, TOKENS], tl.float32)
-    for at in tl.range(begin, end, COLUMNS, num_stages=STAGES):
+    if HELD:
+        near_x = tl.load(values + near[:, None])
+        sums = tl.dot(held, near_x, sums, input_precision=PRECISION)
+        if GATED:
+            more = tl.dot(held_up, near_x, more, input_precision=PRECISION)
+    for at in tl.range(begin + HELD, end, COLUMNS, num_stages=STAGES):
         columns = at + tl.arange(0, COLUMNS)
         if WHOLE:
             right = tl.load(values + columns[:, None])
@@ -163,6 +196,25 @@ def _few_rows(
             _finish(sums, more, bias, out, m, n, out_step, rows, tokens, GATED, BIAS)
 
 
+@triton.jit
+def _idle(sink, nanoseconds):
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+    begin = tl.extra.cuda.globaltimer()
+    now = begin
+    while now - begin < nanoseconds:
+        now = tl.extra.cuda.globaltimer()
+    tl.store(sink, now)
+
+
+def idle(sink: torch.Tensor, microseconds: float) -> None:
+    """A kernel that leaves memory alone for so long; ``sink`` [1] int64 takes the time. Devices with PDL only.
+
+    Like the all-reduce between ranks it waits for its predecessor before it lets its successor start.
+    """
+    _idle[(1,)](sink, int(1e3 * microseconds), num_warps=4, launch_pdl=True)
+
+
 @dataclass(frozen=True)
 class GemmShape:
     """How one of the kernels is cut.
@@ -173,7 +225,8 @@ class GemmShape:
         warps: of one program.
         stages: tiles in flight.
         splits: programs that share a row's columns; 0 is `_one_row`.
-        ahead: columns of each row that are asked for before the predecessor has ended.
+        held: columns of each row (and split), whole tiles, that are in registers before the predecessor has ended.
+        ahead: MiB of the whole weight behind them that are asked for by then.
         tokens: least columns of the matrix product, 8 or 16; activations are padded to it or to a power of two.
     """
 
@@ -182,12 +235,28 @@ class GemmShape:
     warps: int
     stages: int
     splits: int = 0
+    held: int = 0
     ahead: int = 0
     tokens: int = 8
 
     def __str__(self) -> str:
         kind = f"x{self.splits}" if self.splits else ""
-        return f"{self.rows}x{self.columns}{kind} w{self.warps} s{self.stages} a{self.ahead} t{self.tokens}"
+        return (
+            f"{self.rows}x{self.columns}{kind} w{self.warps} s{self.stages} h{self.held} a{self.ahead} t{self.tokens}"
+        )
+
+    def held_of(self, k: int) -> int:
+        """Columns that are held of rows of ``k``: none where tiles or splits are not all whole."""
+        splits = max(1, self.splits)
+        return self.held if k % (self.columns * splits) == 0 and self.held * splits <= k else 0
+
+    def ahead_of(self, weight: torch.Tensor) -> int:
+        """Columns that each split asks for behind those: none where rows are not aligned to 16 bytes."""
+        row_nbytes = weight.stride(0) * weight.itemsize
+        if weight.data_ptr() % 16 or row_nbytes % 16:
+            return 0
+        columns = (self.ahead << 20) // (len(weight) * weight.itemsize * max(1, self.splits))
+        return min(columns // 64 * 64, weight.shape[1])
 
     def padded(self, m: int) -> int:
         """Columns of the matrix product for ``m`` rows of activations."""
@@ -240,19 +309,23 @@ def product(
     """
     m, k = x.shape
     n = out.shape[1]
-    held = weight if bias is None else bias
-    flags = dict(GATED=gated, BIAS=bias is not None, PDL=pdl, num_warps=shape.warps, launch_pdl=pdl)
+    added = weight if bias is None else bias
+    ahead = shape.ahead_of(weight)
+    flags = dict(
+        GATED=gated, BIAS=bias is not None, PDL=pdl, HELD=shape.held_of(k), WARPS=shape.warps,
+        num_warps=shape.warps, launch_pdl=pdl,
+    )  # fmt: skip
     if shape.splits == 0:
         grid = (triton.cdiv(n, shape.rows), 1)
         (partial(_one_row.warmup, grid=grid) if compile_only else _one_row[grid])(
-            x, weight, held, out, n, k, weight.stride(0), min(shape.ahead, k),
+            x, weight, added, out, n, k, weight.stride(0), ahead,
             ROWS=shape.rows, COLUMNS=shape.columns, STAGES=shape.stages, WHOLE=k % shape.columns == 0, **flags,
         )  # fmt: skip
         return
-    sums, counters = (held, held) if scratch is None else (scratch.partial, scratch.counters)
+    sums, counters = (added, added) if scratch is None else (scratch.partial, scratch.counters)
     grid = (triton.cdiv(n, shape.rows), shape.splits)
     (partial(_few_rows.warmup, grid=grid) if compile_only else _few_rows[grid])(
-        x, weight, held, out, sums, counters, m, n, k, x.stride(0), weight.stride(0), out.stride(0), shape.ahead,
+        x, weight, added, out, sums, counters, m, n, k, x.stride(0), weight.stride(0), out.stride(0), ahead,
         TOKENS=shape.padded(m), ROWS=shape.rows, COLUMNS=shape.columns, STAGES=shape.stages, SPLITS=shape.splits,
         WHOLE=k % shape.columns == 0, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **flags,
     )  # fmt: skip

@@ -206,15 +206,16 @@ class CausalLM:
         """`logits` from `raw_logits`; ``raw`` stays as it is."""
         return self._head.widen(raw)
 
-    def products(self) -> Iterator[tuple[ops.PackedLinear, bool]]:
-        """Every linear of this rank, and whether SiLU(gate) * up follows; the weights must have been installed."""
+    def products(self) -> Iterator[ops.LinearUse]:
+        """Every linear of this rank; the weights must have been installed."""
+        reduced = self.context.tp.size > 1
         for layer in self._stack.layers:
-            yield layer.attention.qkv.packed, False
-            yield layer.attention.o.packed, False
-            yield layer.mlp.gate_up.packed, True
-            yield layer.mlp.down.packed, False
+            yield ops.LinearUse(layer.attention.qkv.packed, waits=reduced)
+            yield ops.LinearUse(layer.attention.o.packed, waits=True)
+            yield ops.LinearUse(layer.mlp.gate_up.packed, gated=True, waits=reduced)
+            yield ops.LinearUse(layer.mlp.down.packed)
         if self._last:
-            yield self._head_matrix.packed, False
+            yield ops.LinearUse(self._head_matrix.packed, waits=reduced)
 
     def slots(self) -> list[Slot]:
         """Every weight of this rank, in the order of use."""

@@ -213,9 +213,9 @@ def test_tune_measures_once_and_serves(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setenv("YALIS_CACHE_DIR", str(tmp_path))
     plain, gated = (ops.pack_linear(torch.randn(n, 1024).to(BF16) / 32) for n in (768, 1536))
-    first = ops.tune_products([(plain, False), (gated, True)], [1, 8])
+    first = ops.tune_products([ops.LinearUse(plain, waits=True), ops.LinearUse(gated, gated=True)], [1, 8])
     assert first.products == first.measured == 4
-    again = ops.tune_products([(plain, False), (gated, True)], [1, 8])
+    again = ops.tune_products([ops.LinearUse(plain, waits=True), ops.LinearUse(gated, gated=True)], [1, 8])
     assert again.products == first.products and again.measured == 0
     for rows in (1, 3, 8):
         x = torch.randn(rows, 1024).to(BF16)

@@ -18,6 +18,12 @@ from yalis.kernels.triton_gemm import GemmScratch, GemmShape, product
         (3, 40, 96, GemmShape(16, 32, 1, 1, splits=1)),
         (17, 50, 70, GemmShape(16, 16, 1, 1, splits=3)),
         (8, 32, 64, GemmShape(32, 32, 1, 1, splits=2)),
+        (1, 33, 128, GemmShape(8, 32, 1, 1, held=64, ahead=1)),
+        (1, 64, 128, GemmShape(16, 64, 1, 2, held=128)),  # all of it
+        (1, 33, 70, GemmShape(8, 32, 1, 1, held=32)),  # tiles that are not whole: nothing is held
+        (3, 40, 96, GemmShape(16, 32, 1, 1, splits=1, held=32)),
+        (8, 32, 128, GemmShape(32, 16, 1, 1, splits=2, held=32)),
+        (17, 50, 160, GemmShape(16, 32, 1, 1, splits=3, held=32)),  # splits that are not whole: nothing is held
     ],
 )
 def test_product(m: int, n: int, k: int, shape: GemmShape, bias: bool, gated: bool) -> None:
@@ -37,3 +43,13 @@ def test_product(m: int, n: int, k: int, shape: GemmShape, bias: bool, gated: bo
     scale = want.abs().max().item()
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(out.double(), want, atol=tolerance * scale, rtol=0)
+
+
+def test_what_is_asked_for_fits() -> None:
+    """MiB of the whole weight, shared out over its rows and splits; nothing where 16 bytes are not aligned."""
+    weight = torch.empty(1024, 4096, dtype=torch.bfloat16)  # 8 MiB
+    assert GemmShape(8, 512, 4, 2, ahead=2).ahead_of(weight) == 1024
+    assert GemmShape(64, 128, 4, 2, splits=2, ahead=2).ahead_of(weight) == 512
+    assert GemmShape(8, 512, 4, 2, ahead=24).ahead_of(weight) == 4096
+    assert GemmShape(8, 512, 4, 2, ahead=2).ahead_of(weight[:, 1:]) == 0
+    assert GemmShape(8, 512, 4, 2, ahead=2).ahead_of(torch.empty(1024, 4097, dtype=torch.bfloat16)) == 0
