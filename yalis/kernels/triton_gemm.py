@@ -197,22 +197,37 @@ def _few_rows(
 
 
 @triton.jit
-def _idle(sink, nanoseconds):
+def _dependent_reads(ring, sink, count):
     tl.extra.cuda.gdc_wait()
     tl.extra.cuda.gdc_launch_dependents()
-    begin = tl.extra.cuda.globaltimer()
-    now = begin
-    while now - begin < nanoseconds:
-        now = tl.extra.cuda.globaltimer()
-    tl.store(sink, now)
+    at = tl.load(ring + 16 * tl.program_id(0))
+    for _ in range(count):
+        at = tl.load(ring + at, volatile=True)
+    tl.store(sink + tl.program_id(0), at)
 
 
-def idle(sink: torch.Tensor, microseconds: float) -> None:
-    """A kernel that leaves memory alone for so long; ``sink`` [1] int64 takes the time. Devices with PDL only.
+class LatencyBound:
+    """A kernel bound by the latency of memory as an all-reduce between ranks is: reads that wait for each other.
 
-    Like the all-reduce between ranks it waits for its predecessor before it lets its successor start.
+    Like the all-reduce it waits for its predecessor before it lets its successor start. Devices with PDL only.
+
+    Args:
+        programs: how many read beside each other.
+        reads: of each, one after the other.
     """
-    _idle[(1,)](sink, int(1e3 * microseconds), num_warps=4, launch_pdl=True)
+
+    _LINES = 4096  # of 128 bytes, 16 words: they stay in the second-level cache
+
+    def __init__(self, programs: int, reads: int, device: torch.device):
+        order = torch.randperm(self._LINES, generator=torch.Generator().manual_seed(0)) * 16
+        ring = torch.zeros(16 * self._LINES, dtype=torch.int64)
+        ring[order] = order.roll(-1)
+        self._ring, self._reads, self._programs = ring.to(device), reads, programs
+        self._sink = torch.empty(programs, dtype=torch.int64, device=device)
+
+    def __call__(self) -> None:
+        """Launch it."""
+        _dependent_reads[(self._programs,)](self._ring, self._sink, self._reads, num_warps=4, launch_pdl=True)
 
 
 @dataclass(frozen=True)
