@@ -31,8 +31,8 @@ def work(fixed_sizes: int, options: dict[str, Any]) -> Any:
     runner = rank.core.runner
     if fixed_sizes:
         pad_native(runner.attention)
-        runner.prepare_decode(fixed_sizes)
-        runner.prepare_prefill(64)
+        runner.fixed.prepare_decode(fixed_sizes)
+        runner.fixed.prepare_prefill(64)
     outputs: Any = []
     if rank.ranks.is_root:
         engine = LocalEngine(rank)

@@ -52,10 +52,10 @@ def worker(options: dict[str, Any]) -> dict[str, str]:
     def body(static: StaticStep) -> StaticOutput:
         return StaticOutput(raw_logits=both(static.token_ids, static.positions, static.attention))
 
-    if runner.decode is None:
-        runner.prepare_decode(max(BATCHES))
-    assert runner.decode is not None
-    steps = DecodeSteps(runner.decode.inputs, body, before=lambda static, lengths: None)
+    if runner.fixed.decode is None:
+        runner.fixed.prepare_decode(max(BATCHES))
+    assert runner.fixed.decode is not None
+    steps = DecodeSteps(runner.fixed.decode.inputs, body, before=lambda static, lengths: None)
     if runner.device.type == "cuda":
         steps.capture(GraphMemory(runner.device))
     dice = random.Random(7)
@@ -66,7 +66,7 @@ def worker(options: dict[str, Any]) -> dict[str, str]:
     found = {"prefill": _digest(both(batch.token_ids, batch.positions, batch.attention))}
     for count in BATCHES:
         items = [ScheduledSequence(seq, _PROMPT, 1, True) for seq in sequences[:count]]
-        static = runner.decode.inputs.fill(ScheduledStep(items, count))
+        static = runner.fixed.decode.inputs.fill(ScheduledStep(items, count))
         for way, run in (("eager", body), ("captured", steps.run)):
             output = run(static).raw_logits
             assert output is not None

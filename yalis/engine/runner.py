@@ -14,18 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from yalis.attention.base import AttentionPlan, LayerKV
+from yalis.attention.base import LayerKV
 from yalis.attention.null import NullBackend
 from yalis.attention.registry import create_backend
 from yalis.comm.communicator import Communicator, Handle
 from yalis.engine import sampler
 from yalis.engine.batch import ForwardBatch, prepare_batch
-from yalis.engine.cuda_graphs import CaptureClock, CaptureReceipt, GraphLimits, GraphMemory, graph_nbytes
-from yalis.engine.decode_steps import DecodeInputs, DecodeSteps, StaticOutput, StaticStep, batch_sizes
+from yalis.engine.cuda_graphs import GraphLimits
+from yalis.engine.decode_steps import DecodeSteps, batch_sizes
 from yalis.engine.device_clock import DeviceClock, DeviceStep, StepInterval
+from yalis.engine.fixed_steps import FixedSteps, held_nbytes
 from yalis.engine.guided import Guides
-from yalis.engine.plain_draw import PlainDraw, draw_plain, feed_tokens, is_plain
-from yalis.engine.prefill_steps import PaddedInputs, PaddedSize, PaddedStep, PrefillSteps, padded_sizes
+from yalis.engine.plain_draw import PlainDraw, draw_plain, is_plain
+from yalis.engine.prefill_steps import PaddedSize, PrefillSteps
 from yalis.engine.resolve import ResolvedConfig, kv_block_bytes, num_kv_blocks
 from yalis.engine.results import PromptScores, ResultLayout, Sampled, pack, packed_size, to_host, unpack
 from yalis.engine.sampler import PenaltyState, SamplerOutput, VocabShard
@@ -119,9 +120,7 @@ class Runner:
         device_idle_s: seconds that the GPU stood still between a step and the next although there was one, likewise.
         decode_s: the part of ``forward_s`` that went into decode steps of fixed size.
         counts: kinds of steps, by name, likewise.
-        decode: decode steps of fixed sizes; None where every step is made anew.
-        prefill: likewise padded steps with prompts.
-        captured: what capturing graphs took; None where there are none.
+        fixed: steps of fixed sizes, to be prepared after `allocate_kv`; other steps are made anew.
     """
 
     def __init__(
@@ -147,15 +146,9 @@ class Runner:
         self.device_idle_s = 0.0
         self.decode_s = 0.0
         self.counts = StepCounts()
-        self.decode: DecodeSteps | None = None
-        self.prefill: PrefillSteps | None = None
-        self.captured: CaptureReceipt | None = None
-        self._hidden_in: dict[int, torch.Tensor] = {}
-        self._decode_plans: dict[int, AttentionPlan] = {}
-        self._padded_plans: dict[PaddedSize, AttentionPlan] = {}
         self._released = False
         self._clock = DeviceClock(self.device) if self.device.type == "cuda" else None
-        self.kv: list[LayerKV] = []
+        self.kv: list[LayerKV] = []  # one list for good: `fixed` holds it, too
         self.num_kv_blocks = 0
         model = resolved.model
         spec = attention_spec(
@@ -185,6 +178,7 @@ class Runner:
         # Token last sampled in each slot, kept on the device: one-step-ahead scheduling feeds from here. The slot after
         # the last takes the tokens of padding.
         self.last_tokens = torch.zeros(resolved.user.max_num_seqs + 1, dtype=torch.int64, device=self.device)
+        self.fixed = FixedSteps(resolved, self.model, self.attention, tp, pp, self.kv, self.last_tokens)
 
     def load(self, on_progress: Callable[[int, int], None] | None = None) -> LoadReceipt | None:
         """Read this rank's slices of the checkpoint, or make dummy weights.
@@ -231,7 +225,7 @@ class Runner:
         block_bytes = kv_block_bytes(self.resolved, self.num_kv_heads, num_layers)
         activation_bytes = self._measure_activations(graphs) if self.device.type == "cuda" else 0
         self.num_kv_blocks = agree_min(num_kv_blocks(self.resolved, block_bytes, activation_bytes))
-        self.kv = self._make_pages(self.num_kv_blocks)
+        self.kv[:] = self._make_pages(self.num_kv_blocks)
         logger.info(
             "KV cache: %d blocks of %d tokens, %.1f GiB; steps take up to %.2f GiB more",
             self.num_kv_blocks,
@@ -270,7 +264,7 @@ class Runner:
             user.max_num_seqs,
             block_size,
         )
-        self.kv = self._make_pages(max(1 + max(i.seq.table.blocks[-1] for i in step.items) for step in steps))
+        self.kv[:] = self._make_pages(max(1 + max(i.seq.table.blocks[-1] for i in step.items) for step in steps))
         peaks = []
         for step in steps:
             torch.cuda.synchronize(self.device)
@@ -280,24 +274,18 @@ class Runner:
             self._run_imaginary(step)
             torch.cuda.synchronize(self.device)
             peaks.append(torch.cuda.max_memory_allocated(self.device) - before)
-        self.kv = []
+        self.kv.clear()
         penalties = self.penalties.most_bytes(self.resolved.max_model_len) if self.is_last_stage else 0
         self.penalties = PenaltyState(user.max_num_seqs, self.vocab, self.device)
         torch.cuda.empty_cache()
         prefill, padded, decode, apart = peaks
-        return max(prefill, apart) + decode + max(decode, padded) + self._held_by_graphs(graphs) + penalties
-
-    def _held_by_graphs(self, graphs: GraphLimits) -> int:
-        """Bytes of GPU memory that no two graphs share: they themselves, and what each leaves on the last stage."""
-        user = self.resolved.user
-        decodes = batch_sizes(min(graphs.decode_batch, user.max_num_seqs)) if graphs.decode_batch else ()
-        padded = padded_sizes(graphs.prefill_tokens, user.max_num_seqs) if graphs.prefill_tokens else ()
-        held = graph_nbytes(len(decodes) + len(padded), len(self.model.layers_of_stage))
-        if self.is_last_stage:
-            logits, hidden = self.model.vocab_shard_size, self.resolved.model.hidden_size
-            values = sum(decodes) * logits + sum(size.sequences for size in padded) * hidden
-            held += values * self.resolved.dtype.itemsize
-        return held
+        return (
+            max(prefill, apart)
+            + decode
+            + max(decode, padded)
+            + held_nbytes(self.resolved, self.model, graphs, last_stage=self.is_last_stage)
+            + penalties
+        )
 
     def _run_imaginary(self, step: ScheduledStep) -> None:
         batch = prepare_batch(
@@ -314,124 +302,24 @@ class Runner:
         if self.is_last_stage:
             self._sample(batch, hidden, whole=rows is None)
 
-    def prepare_decode(self, largest: int) -> None:
-        """Make fixed inputs for decode steps of up to ``largest`` sequences; `allocate_kv` must have been called."""
-        user = self.resolved.user
-        block_size = user.block_size
-        max_blocks = min(-(-self.resolved.max_model_len // block_size), self.num_kv_blocks)
-        inputs = DecodeInputs(
-            batch_sizes(min(largest, user.max_num_seqs)),
-            num_slots=user.max_num_seqs,
-            max_blocks=max_blocks,
-            block_size=block_size,
-            device=self.device,
-        )
-        hidden_in: dict[int, torch.Tensor] = {}
-        if not self.is_first_stage:
-            width = self.resolved.model.hidden_size
-            for size in inputs.sizes:
-                hidden_in[size] = torch.zeros((size, width), dtype=self.resolved.dtype, device=self.device)
-        self._hidden_in = hidden_in
-        self._decode_plans = {static.size: self.attention.plan_fixed(static.attention) for static in inputs.all()}
-        self.decode = DecodeSteps(
-            inputs,
-            self._decode_body,
-            before=lambda static, lengths: self.attention.renew(self._decode_plans[static.size], lengths),
-        )
-
-    def prepare_prefill(self, most_tokens: int) -> None:
-        """Make fixed inputs for padded steps of up to ``most_tokens`` tokens; `allocate_kv` must have been called."""
-        user, resolved = self.resolved.user, self.resolved
-        hidden = None
-        if not self.is_first_stage:
-            shape = (most_tokens, resolved.model.hidden_size)
-            hidden = torch.zeros(shape, dtype=resolved.dtype, device=self.device)
-        inputs = PaddedInputs(
-            padded_sizes(most_tokens, user.max_num_seqs),
-            max_blocks=min(-(-resolved.max_model_len // user.block_size), self.num_kv_blocks),
-            block_size=user.block_size,
-            hidden=hidden,
-            device=self.device,
-        )
-        self._padded_plans = {
-            static.size: self.attention.plan_padded(static.attention, static.size.decodes) for static in inputs.all()
-        }
-        self.prefill = PrefillSteps(
-            inputs,
-            self._padded_body,
-            before=lambda static, queries, keys: self.attention.renew_padded(
-                self._padded_plans[static.size], queries, keys
-            ),
-        )
-
-    def capture_obstacle(self, *, prompts: bool) -> str | None:
-        """What a CUDA graph of a decode step (or a step with ``prompts``) could not hold; None if there is nothing."""
-        if prompts and not self.attention.captures_prompts:
-            return f"attention backend {self.attention.name!r} cannot attend to prompts inside of a graph"
-        if not self.attention.capturable:
-            return f"attention backend {self.attention.name!r} looks at host values in every layer"
-        if self.tp.uncapturable:
-            return f"all-reduce {', '.join(self.tp.uncapturable)} waits on the host"
-        return None
-
-    @property
-    def graph_sizes(self) -> str:
-        """Batch sizes of decode steps with a CUDA graph, for people; empty where there are none."""
-        return ", ".join(map(str, self.decode.captured)) if self.decode is not None else ""
-
-    @property
-    def prefill_graph_sizes(self) -> str:
-        """Numbers of tokens of steps with prompts that have a CUDA graph, likewise."""
-        return ", ".join(map(str, self.prefill.captured)) if self.prefill is not None else ""
-
-    @property
-    def num_graphs(self) -> int:
-        """Graphs that `capture` makes."""
-        decode = len(self.decode.inputs.sizes) if self.decode is not None else 0
-        return decode + (len(self.prefill.inputs.sizes) if self.prefill is not None else 0)
-
-    @torch.inference_mode()
-    def capture(self, on_graph: Callable[[], None] | None = None) -> CaptureReceipt:
-        """Capture the prepared steps as CUDA graphs, the larger ones first; collective over all ranks: stages send each
-        other their steps.
-
-        Args:
-            on_graph: called after each graph.
-        """
-        clock = CaptureClock(self.device)
-        memory = GraphMemory(self.device)
-        for steps in (self.prefill, self.decode):
-            if steps is not None:
-                steps.capture(memory, on_graph)
-        self.captured = clock.receipt(self.num_graphs)
-        torch.cuda.empty_cache()  # what the runs before the captures had on their stream serves no other
-        logger.info(
-            "captured %d CUDA graphs in %.1f s, %.0f MiB: decode of batch %s; prefill of tokens %s",
-            self.captured.num_graphs,
-            self.captured.seconds,
-            self.captured.nbytes / 2**20,
-            self.graph_sizes or "(none)",
-            self.prefill_graph_sizes or "(none)",
-        )
-        return self.captured
-
     @torch.inference_mode()
     def execute(self, step: ScheduledStep) -> PendingStep:
         """Start a step: returns once this stage's part is computed or enqueued and handed on."""
-        if self.decode is not None and self.decode.takes(step):
-            return self._execute_decode(self.decode, step)
-        padded = self.prefill.fitting(step) if self.prefill is not None else None
+        decode, prefill = self.fixed.decode, self.fixed.prefill
+        if decode is not None and decode.takes(step):
+            return self._execute_decode(decode, step)
+        padded = prefill.fitting(step) if prefill is not None else None
         started_s = time.monotonic()
         with span("yalis.prepare"):
             batch = prepare_batch(
                 step,
                 block_size=self.resolved.user.block_size,
-                send=self._send_apart if padded is None else partial(self._padded_inputs.send, padded),
+                send=self._send_apart if prefill is None or padded is None else partial(prefill.inputs.send, padded),
                 last_tokens=self.last_tokens if self.is_first_stage else None,
             )
         pending = PendingStep(step, ResultLayout(batch.samplers, batch.prompt_rows), started_s)
-        if padded is not None:
-            self._execute_padded(pending, batch, padded)
+        if prefill is not None and padded is not None:
+            self._execute_padded(prefill, pending, batch, padded)
             return pending
         self.counts.other += 1
         with span("yalis.prepare"):
@@ -492,40 +380,18 @@ class Runner:
         return StepResult(sampled.output.token_ids.tolist() if sampled.output is not None else [], sampled)
 
     # ---- steps of fixed sizes ---------------------------------------------------------------------------------
-    #
-    # Their bodies hold the transfers between stages, padding included, so that a graph is all there is to a step.
 
-    def _execute_padded(self, pending: PendingStep, batch: ForwardBatch, size: PaddedSize) -> None:
-        assert self.prefill is not None
+    def _execute_padded(
+        self, prefill: PrefillSteps, pending: PendingStep, batch: ForwardBatch, size: PaddedSize
+    ) -> None:
         self.counts.padded += 1
         with self._timed_forward(pending), span(f"yalis.forward[{pending.step.num_tokens} of {size.tokens} tokens]"):
-            hidden = self.prefill.run(size, batch.attention)
+            hidden = prefill.run(size, batch.attention)
             if self.is_last_stage:
                 assert hidden is not None
                 pending.sampled = self._sample(batch, hidden[: len(batch.samplers)], whole=False)
         if self.is_last_stage:
             self._return_tokens(pending)
-
-    def _padded_body(self, static: PaddedStep) -> torch.Tensor | None:
-        """A padded step from fixed inputs to the final hidden states, without sampling: what a graph holds."""
-        token_ids = static.token_ids if self.is_first_stage else None
-        hidden_in = self._receive_static(static.hidden_in)
-        plan = self._padded_plans[static.size]
-        hidden = self.model.forward(token_ids, static.positions, hidden_in, self.kv, plan, static.rows)
-        if self.is_last_stage:
-            return hidden
-        self.pp.send(hidden, self.pp.rank + 1, tag="stage.hidden")
-        return None
-
-    @property
-    def _padded_inputs(self) -> PaddedInputs:
-        assert self.prefill is not None
-        return self.prefill.inputs
-
-    def _receive_static(self, hidden_in: torch.Tensor | None) -> torch.Tensor | None:
-        if hidden_in is not None:
-            self.pp.recv(hidden_in, self.pp.rank - 1, tag="stage.hidden")
-        return hidden_in
 
     def _execute_decode(self, decode: DecodeSteps, step: ScheduledStep) -> PendingStep:
         started_s = time.monotonic()
@@ -554,20 +420,6 @@ class Runner:
             self._return_tokens(pending)
         return pending
 
-    def _decode_body(self, static: StaticStep) -> StaticOutput:
-        """A decode step from fixed inputs to fixed outputs: what a graph holds."""
-        token_ids = None
-        if self.is_first_stage:
-            token_ids = feed_tokens(static.token_ids, static.slots, self.last_tokens)
-        hidden_in = self._receive_static(self._hidden_in.get(static.size))
-        plan = self._decode_plans[static.size]
-        hidden = self.model.forward(token_ids, static.positions, hidden_in, self.kv, plan)
-        if not self.is_last_stage:
-            self.pp.send(hidden, self.pp.rank + 1, tag="stage.hidden")
-            return StaticOutput()
-        raw = self.model.raw_logits(hidden)
-        return StaticOutput(raw_logits=raw, token_ids=self._draw_plain(raw, static.draw, static.slots))
-
     def _draw_plain(self, raw: torch.Tensor, draw: PlainDraw, slots: torch.Tensor) -> torch.Tensor:
         return draw_plain(self.model, raw, draw, slots, self.last_tokens, self.tp)
 
@@ -589,15 +441,9 @@ class Runner:
         except (EngineDeadError, RuntimeError) as error:  # the second from a device that failed
             logger.warning("the GPU's memory is not given back before the process ends: %s", error)
             return
-        for steps in (self.decode, self.prefill):
-            if steps is not None:
-                steps.release()
-        self.decode = self.prefill = None
-        self._hidden_in = {}
-        self._decode_plans = {}
-        self._padded_plans = {}
-        self.kv = []
-        del self.model, self.attention, self.penalties, self.last_tokens
+        self.fixed.release()
+        self.kv.clear()
+        del self.fixed, self.model, self.attention, self.penalties, self.last_tokens
         gc.unfreeze()  # a worker's start froze them
         gc.collect()  # layers and backend refer to each other
         try:

@@ -15,6 +15,7 @@ from yalis.comm.liveness import install_termination_handler
 from yalis.config import EngineConfig
 from yalis.engine.core import EngineCore
 from yalis.engine.cuda_graphs import CaptureReceipt, GraphLimits
+from yalis.engine.fixed_steps import capture_obstacle
 from yalis.engine.ranks import RankContext, rank_topology
 from yalis.engine.resolve import ResolvedConfig, resolve, resolve_device
 from yalis.engine.runner import Runner
@@ -180,7 +181,7 @@ def _choose_graphs(runner: Runner) -> GraphLimits:
     for name, value in asked.items():
         prompts = name == "max_cudagraph_prefill"
         chosen[name] = most[name] if value is None else value
-        obstacle = runner.capture_obstacle(prompts=prompts)
+        obstacle = capture_obstacle(runner.attention, runner.tp, prompts=prompts)
         if obstacle is not None and chosen[name]:
             if value is not None:
                 raise ConfigError(f"{name}={value}: {obstacle}; leave it out, or choose another")
@@ -193,13 +194,13 @@ def _choose_graphs(runner: Runner) -> GraphLimits:
 def _capture(runner: Runner, graphs: GraphLimits, *, show: bool) -> None:
     """Capture the chosen steps; collective."""
     if graphs.prefill_tokens:
-        runner.prepare_prefill(graphs.prefill_tokens)
+        runner.fixed.prepare_prefill(graphs.prefill_tokens)
     if graphs.decode_batch:
-        runner.prepare_decode(graphs.decode_batch)
-    if not runner.num_graphs:
+        runner.fixed.prepare_decode(graphs.decode_batch)
+    if not runner.fixed.num_graphs:
         return
-    with count_progress("capturing CUDA graphs", runner.num_graphs, enabled=show) as on_progress:
-        runner.capture(None if on_progress is None else lambda: on_progress(1))
+    with count_progress("capturing CUDA graphs", runner.fixed.num_graphs, enabled=show) as on_progress:
+        runner.fixed.capture(None if on_progress is None else lambda: on_progress(1))
 
 
 def _end_with_reason(ranks: RankContext) -> None:
@@ -215,7 +216,7 @@ def _end_with_reason(ranks: RankContext) -> None:
 def engine_info(rank: StartedRank) -> dict[str, str | int | float]:
     """What a client should know about the engine: resolved choices, for people and records."""
     user, model = rank.resolved.user, rank.resolved.model
-    captured = rank.core.runner.captured or CaptureReceipt(0, 0.0, 0)
+    captured = rank.core.runner.fixed.captured or CaptureReceipt(0, 0.0, 0)
     return {
         "model": user.model,
         "architecture": model.architecture,
@@ -229,8 +230,8 @@ def engine_info(rank: StartedRank) -> dict[str, str | int | float]:
         "ranks_per_node": rank.ranks.topology.ranks_per_node,
         "attention_backend": rank.core.runner.attention.name,
         "compute": user.compute,
-        "cuda_graphs": rank.core.runner.graph_sizes,
-        "prefill_cuda_graphs": rank.core.runner.prefill_graph_sizes,
+        "cuda_graphs": rank.core.runner.fixed.decode_graphs,
+        "prefill_cuda_graphs": rank.core.runner.fixed.prefill_graphs,
         "capture_s": round(captured.seconds, 3),
         "capture_mib": captured.nbytes >> 20,
         "all_reduce": user.all_reduce + (" (none: tokens are wrong)" if user.all_reduce == "null" else ""),

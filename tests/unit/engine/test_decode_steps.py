@@ -240,7 +240,7 @@ def generate(*, fixed_sizes: int, **options: Any) -> tuple[list[list[int]], Any]
     rank = start_rank(config)
     runner = rank.core.runner
     if fixed_sizes:
-        runner.prepare_decode(fixed_sizes)
+        runner.fixed.prepare_decode(fixed_sizes)
     engine = LocalEngine(rank)
     rng = random.Random(5)
     kinds: list[dict[str, Any]] = [
@@ -281,7 +281,7 @@ def test_fixed_sizes_change_no_token(overlap, scarce):
 def test_plain_draws_alone_are_sampled_within_the_step():
     config = EngineConfig(str(DEMO), dtype="float32", device="cpu", max_model_len=64, overlap_scheduling=True)
     rank = start_rank(config)
-    rank.core.runner.prepare_decode(8)
+    rank.core.runner.fixed.prepare_decode(8)
     engine = LocalEngine(rank)
     for number in range(3):
         params = SamplingParams(temperature=number / 2, seed=number, max_tokens=8, ignore_eos=True, detokenize=False)
@@ -312,7 +312,7 @@ def test_backends_learn_the_lengths_before_each_step(monkeypatch):
 
     monkeypatch.setattr(runner.attention, "plan_fixed", plan_fixed, raising=False)
     monkeypatch.setattr(runner.attention, "renew", renew, raising=False)
-    runner.prepare_decode(4)
+    runner.fixed.prepare_decode(4)
     engine = LocalEngine(rank)
     for number, prompt in enumerate(([5, 6, 7], [8], [5, 6, 7, 8, 9])):
         params = SamplingParams(temperature=0.0, max_tokens=4 + number, ignore_eos=True, detokenize=False)

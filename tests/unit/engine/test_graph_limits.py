@@ -20,7 +20,10 @@ def agree(others: Callable[[int], int], *, cannot: tuple[str, ...] = (), device:
     runner: Any = SimpleNamespace(
         device=torch.device(device),
         resolved=SimpleNamespace(user=EngineConfig("model", **options)),
-        capture_obstacle=lambda *, prompts: "it cannot" if ("prompts" if prompts else "decodes") in cannot else None,
+        attention=SimpleNamespace(
+            name="other", captures_prompts="prompts" not in cannot, capturable="decodes" not in cannot
+        ),
+        tp=SimpleNamespace(uncapturable=("slow",) if "all-reduce" in cannot else ()),
     )
     return _agree_graphs(runner, others)
 
@@ -35,12 +38,15 @@ def test_by_default_what_can_be_captured() -> None:
     assert agree(alone, max_num_batched_tokens=1, max_num_seqs=1) == GraphLimits(256, 0)
     assert agree(alone, cannot=("prompts",)) == GraphLimits(256, 0)
     assert agree(alone, cannot=("prompts", "decodes")) == GraphLimits(0, 0)
+    assert agree(alone, cannot=("all-reduce",)) == GraphLimits(0, 0)
     assert agree(alone, enforce_eager=True) == agree(alone, device="cpu") == GraphLimits(0, 0)
 
 
 def test_what_was_asked_for() -> None:
     assert agree(alone, max_cudagraph_batch=8, max_cudagraph_prefill=0) == GraphLimits(8, 0)
-    with pytest.raises(ConfigError, match="max_cudagraph_prefill=64: it cannot; leave it out"):
+    with pytest.raises(
+        ConfigError, match="max_cudagraph_prefill=64: attention backend .* cannot attend to prompts .*; leave it out"
+    ):
         agree(alone, cannot=("prompts",), max_cudagraph_prefill=64)
 
 

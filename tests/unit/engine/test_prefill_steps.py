@@ -120,7 +120,7 @@ def generate(*, padded: int, **options: Any) -> tuple[list[Any], Any]:
     runner = rank.core.runner
     if padded:
         pad_native(runner.attention)
-        runner.prepare_prefill(padded)
+        runner.fixed.prepare_prefill(padded)
     engine = LocalEngine(rank)
     rng = random.Random(5)
     kinds: list[dict[str, Any]] = [
