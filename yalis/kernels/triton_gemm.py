@@ -219,8 +219,8 @@ class LatencyBound:
     _LINES = 4096  # of 128 bytes, 16 words: they stay in the second-level cache
 
     def __init__(self, programs: int, reads: int, device: torch.device):
-        order = torch.randperm(self._LINES, generator=torch.Generator().manual_seed(0)) * 16
-        ring = torch.zeros(16 * self._LINES, dtype=torch.int64)
+        order = torch.randperm(self._LINES, generator=torch.Generator().manual_seed(0), device="cpu") * 16
+        ring = torch.zeros(16 * self._LINES, dtype=torch.int64, device="cpu")
         ring[order] = order.roll(-1)
         self._ring, self._reads, self._programs = ring.to(device), reads, programs
         self._sink = torch.empty(programs, dtype=torch.int64, device=device)
