@@ -25,6 +25,8 @@ _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 # Of the memory that is free after the weights are loaded, what a CPU engine takes for KV pages at most.
 _CPU_KV_SHARE = 0.4
+# GPU memory that nobody plans with: libraries' workspaces, the allocator's fragments.
+_GPU_SPARE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def kv_block_bytes(resolved: ResolvedConfig, num_kv_heads: int, num_layers: int)
     return per_token * resolved.user.block_size
 
 
-def num_kv_blocks(resolved: ResolvedConfig, block_bytes: int, activation_bytes: int = 0) -> int:
+def num_kv_blocks(resolved: ResolvedConfig, block_bytes: int, activation_bytes: int = 0, graph_bytes: int = 0) -> int:
     """KV blocks that this rank can and would hold.
 
     An explicit ``num_kv_blocks`` or ``kv_cache_memory_bytes`` is taken at its word, if the memory is there. Otherwise:
@@ -131,7 +133,8 @@ def num_kv_blocks(resolved: ResolvedConfig, block_bytes: int, activation_bytes: 
 
     Args:
         block_bytes: of one block.
-        activation_bytes: GPU memory that steps and graphs will take besides weights and pages.
+        activation_bytes: GPU memory that steps will take besides weights and pages.
+        graph_bytes: GPU memory that CUDA graphs will take: no part of ``gpu_memory_utilization``, but it must be free.
 
     Raises:
         ConfigError: not even one block fits, or fewer than were asked for.
@@ -140,7 +143,8 @@ def num_kv_blocks(resolved: ResolvedConfig, block_bytes: int, activation_bytes: 
     wanted = user.max_num_seqs * -(-resolved.max_model_len // user.block_size)
     if on_gpu:
         free, total = torch.cuda.mem_get_info(resolved.device)
-        share = int(free - (1.0 - user.gpu_memory_utilization) * total) - activation_bytes
+        left_alone = max(int((1.0 - user.gpu_memory_utilization) * total), graph_bytes + _GPU_SPARE_BYTES)
+        share = free - left_alone - activation_bytes
     else:
         free = psutil.virtual_memory().available // resolved.ranks_on_host
         share = int(free * _CPU_KV_SHARE)

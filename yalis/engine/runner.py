@@ -223,15 +223,19 @@ class Runner:
         """
         num_layers = len(self.model.layers_of_stage)
         block_bytes = kv_block_bytes(self.resolved, self.num_kv_heads, num_layers)
-        activation_bytes = self._measure_activations(graphs) if self.device.type == "cuda" else 0
-        self.num_kv_blocks = agree_min(num_kv_blocks(self.resolved, block_bytes, activation_bytes))
+        activation_bytes = graph_bytes = 0
+        if self.device.type == "cuda":
+            activation_bytes = self._measure_activations(graphs)
+            graph_bytes = held_nbytes(self.resolved, self.model, graphs, last_stage=self.is_last_stage)
+        self.num_kv_blocks = agree_min(num_kv_blocks(self.resolved, block_bytes, activation_bytes, graph_bytes))
         self.kv[:] = self._make_pages(self.num_kv_blocks)
         logger.info(
-            "KV cache: %d blocks of %d tokens, %.1f GiB; steps take up to %.2f GiB more",
+            "KV cache: %d blocks of %d tokens, %.1f GiB; steps take up to %.2f GiB more, CUDA graphs %.2f",
             self.num_kv_blocks,
             self.resolved.user.block_size,
             self.num_kv_blocks * block_bytes / 2**30,
             activation_bytes / 2**30,
+            graph_bytes / 2**30,
         )
         return self.num_kv_blocks
 
@@ -252,9 +256,10 @@ class Runner:
 
         Runs a prefill of as many tokens as a step may hold, one of as many as graphs will hold, and a decode of as many
         sequences as may run, the latter also with every row under filters, penalties and log-probabilities, over a few
-        pages that are dropped again. The decode counts twice, or beside the padded prefill if that is more, because
-        graphs keep memory of their own; they themselves and the counts of tokens for penalties, which the first such
-        request makes for good, come on top. Not in it is what penalties of very long sequences take for a moment.
+        pages that are dropped again. The decode counts twice, or beside the padded prefill if that is more: what runs
+        inside of graphs has memory of its own. The counts of tokens for penalties, which the first such request makes
+        for good, come on top. Not in it: the graphs (`held_nbytes`), and what penalties of very long sequences take for
+        a moment.
         """
         user, block_size = self.resolved.user, self.resolved.user.block_size
         steps = imaginary_steps(
@@ -279,13 +284,7 @@ class Runner:
         self.penalties = PenaltyState(user.max_num_seqs, self.vocab, self.device)
         torch.cuda.empty_cache()
         prefill, padded, decode, apart = peaks
-        return (
-            max(prefill, apart)
-            + decode
-            + max(decode, padded)
-            + held_nbytes(self.resolved, self.model, graphs, last_stage=self.is_last_stage)
-            + penalties
-        )
+        return max(prefill, apart) + decode + max(decode, padded) + penalties
 
     def _run_imaginary(self, step: ScheduledStep) -> None:
         batch = prepare_batch(
