@@ -44,8 +44,8 @@ _CALLS = 24
 _MOST_SHARED_BYTES = 220 << 10
 _REPLAYS = 5
 _CUBLAS = "cublas"
-# Dependent reads that take as long as NVRAR with its norm between two H100, and as much longer as NVRAR does while
-# weights come in: 3.9 us alone (bench/gpu_kernels.py --between).
+# Dependent reads that take as long as NVRAR with its norm between two H100, alone and while weights come in
+# (docs/kernels.md, "Weights before the wait").
 _DEPENDENT_READS = 12
 
 
