@@ -74,7 +74,8 @@ class EngineConfig:
         kv_cache_memory_bytes: memory of the KV cache per rank; default what the running requests can need, at most a
             share of free memory.
         gpu_memory_utilization: share of a GPU's memory that weights, activations and KV cache may use together. CUDA
-            graphs lie outside of it as far as there is room; where there is not, the KV cache gets less.
+            graphs lie outside of it as far as there is room; where there is not, the KV cache gets less, and half
+            a GiB stays free.
         attention_backend: ``auto`` or a name in `yalis.attention.registry`.
         all_reduce: ``auto`` or a name of an all-reduce algorithm in `yalis.comm.algorithms`.
         compute: ``full``, or ``null``: products and attention take no time and their results mean nothing; collectives,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from yalis.errors import ConfigError
 from yalis.kernels import gemm, gpu, ops, torch_reference
+from yalis.kernels.triton_gemm import LatencyBound
 
 
 @pytest.fixture
@@ -76,6 +79,32 @@ def test_choice_of_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tune_leaves_the_cpu_alone() -> None:
     packed = ops.pack_linear(torch.randn(8, 8))
     assert ops.tune_products([ops.LinearUse(packed)], [1, 8]).products == 0
+
+
+@pytest.mark.parametrize("pdl", [True, False])
+def test_what_is_measured(pdl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel twice, nothing ahead without dependent launches, and choices by what goes before a product."""
+    monkeypatch.setattr(gemm, "gpu_kernels", lambda: SimpleNamespace(pdl=pdl))
+    for rows in (1, 8, 32, 64):
+        for gated in (False, True):
+            shapes = gemm.candidates(rows, torch.bfloat16, gated=gated, pdl=pdl)
+            assert len(set(shapes)) == len(shapes) and any(not shape.held and not shape.ahead for shape in shapes)
+            assert any(shape.held or shape.ahead for shape in shapes) == pdl
+            for shape in shapes:
+                assert shape.held == shape.held_of(4096) and shape.held & (shape.held - 1) == 0, shape
+    small, large = torch.empty(1024, 4096, dtype=torch.bfloat16), torch.empty(65536, 4096, dtype=torch.bfloat16)
+    products = [gemm.Product(1, len(weight), 4096, weight.dtype, False, False) for weight in (small, large)]
+    found = [gemm._distinct(product, weight) for product, weight in zip(products, (small, large), strict=True)]
+    assert len(found[0]) > len(found[1]) or not pdl  # few MiB are no column of many rows
+    product = gemm.Product(8, 1024, 4096, torch.bfloat16, False, False)
+    use = gemm.ProductUse(small, None, gated=False, waits=True)
+    assert gemm._name(product, [use]) == ("8 x 1024 x 4096 bfloat16 waits" if pdl else "8 x 1024 x 4096 bfloat16")
+    assert gemm._name(product, [replace(use, waits=False)]) == "8 x 1024 x 4096 bfloat16"
+
+
+def test_latency_bound_has_a_line_for_each_program() -> None:
+    with pytest.raises(ValueError, match="257 programs: there are lines for 1 to 256"):
+        LatencyBound(257, 12, torch.device("cpu"))
 
 
 def test_file_of_choices_keeps_what_others_added(tmp_path: Path) -> None:

@@ -70,3 +70,12 @@ def test_products(rows: int, gated: bool, tmp_path: Path, monkeypatch: pytest.Mo
         asked = before.count("cp.async.bulk.prefetch.L2")
         assert asked == (2 if gated else 1) and "prefetch" not in after
         assert before.count("ld.global") >= shape.rows * shape.held * asked // (32 * shape.warps * 8)
+
+
+def test_latency_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads that no compiler may take together, behind the wait."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    ptx = compiled(triton_gemm._dependent_reads, dict.fromkeys(("ring", "sink"), INT64), {}, 4)
+    before, after = ptx.split("griddepcontrol.wait")
+    assert "griddepcontrol.launch_dependents" in after and "ld.volatile" in after
+    assert "ld.global" not in before and "ld.volatile" not in before

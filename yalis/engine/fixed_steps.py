@@ -209,6 +209,7 @@ class FixedSteps:
     @property
     def _max_blocks(self) -> int:
         """Most pages of a sequence."""
+        assert self._kv, "steps are prepared when the pages are there"
         block_size, held = self._resolved.user.block_size, self._kv[0].k.shape[0]
         return min(-(-self._resolved.max_model_len // block_size), held)
 

@@ -25,7 +25,7 @@ _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 # Of the memory that is free after the weights are loaded, what a CPU engine takes for KV pages at most.
 _CPU_KV_SHARE = 0.4
-# GPU memory that nobody plans with: libraries' workspaces, the allocator's fragments.
+# GPU memory beside CUDA graphs that nobody plans with: libraries' workspaces, the allocator's fragments.
 _GPU_SPARE_BYTES = 512 << 20
 
 
@@ -143,8 +143,8 @@ def num_kv_blocks(resolved: ResolvedConfig, block_bytes: int, activation_bytes: 
     wanted = user.max_num_seqs * -(-resolved.max_model_len // user.block_size)
     if on_gpu:
         free, total = torch.cuda.mem_get_info(resolved.device)
-        left_alone = max(int((1.0 - user.gpu_memory_utilization) * total), graph_bytes + _GPU_SPARE_BYTES)
-        share = free - left_alone - activation_bytes
+        outside = graph_bytes + _GPU_SPARE_BYTES if graph_bytes else 0
+        share = free - max(int((1.0 - user.gpu_memory_utilization) * total), outside) - activation_bytes
     else:
         free = psutil.virtual_memory().available // resolved.ranks_on_host
         share = int(free * _CPU_KV_SHARE)
@@ -156,11 +156,14 @@ def num_kv_blocks(resolved: ResolvedConfig, block_bytes: int, activation_bytes: 
             "available; raise kv_cache_memory_bytes or gpu_memory_utilization, use more ranks"
             + (", or give less to CUDA graphs (max_cudagraph_prefill, enforce_eager)" if on_gpu else "")
         )
+    free -= graph_bytes
     if blocks * block_bytes > free:
         asked = "kv_cache_memory_bytes" if user.num_kv_blocks is None else "num_kv_blocks"
         raise ConfigError(
             f"{asked}={getattr(user, asked)}: {blocks} blocks of {user.block_size} tokens take {blocks * block_bytes} "
-            f"bytes, but a rank has {free} on this {resolved.device.type}; lower it, or leave it out"
+            f"bytes, but a rank has {free} on this {resolved.device.type}"
+            + (f" besides {graph_bytes} of CUDA graphs" if graph_bytes else "")
+            + "; lower it, or leave it out"
         )
     return blocks
 

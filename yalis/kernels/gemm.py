@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,8 +59,6 @@ class Product:
         dtype: of weight and activations.
         gated: ``silu(gate) * up`` of the two halves follows.
         bias: whether there is one.
-        waits: the kernel before it leaves memory alone for some microseconds (`ProductUse`). Says how the product is
-            measured; no two products differ by it alone.
     """
 
     rows: int
@@ -69,10 +67,9 @@ class Product:
     dtype: torch.dtype
     gated: bool
     bias: bool
-    waits: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
-        marks = (" gated" if self.gated else "") + (" bias" if self.bias else "") + (" waits" if self.waits else "")
+        marks = (" gated" if self.gated else "") + (" bias" if self.bias else "")
         return f"{self.rows} x {self.n} x {self.k} {str(self.dtype).removeprefix('torch.')}{marks}"
 
 
@@ -123,15 +120,19 @@ def _state() -> _State:
     return _State()
 
 
-def candidates(rows: int, dtype: torch.dtype, *, gated: bool) -> list[GemmShape]:
-    """Ways to cut a product of ``rows`` rows that are worth measuring and fit on chip."""
+def candidates(rows: int, dtype: torch.dtype, *, gated: bool, pdl: bool = True) -> list[GemmShape]:
+    """Ways to cut a product of ``rows`` rows that are worth measuring and fit on chip.
+
+    Args:
+        pdl: kernels start before their predecessors end; without it nothing is held or asked for ahead.
+    """
     from yalis.kernels.triton_gemm import GemmShape
 
     if dtype == torch.float32:
-        found = [GemmShape(16, 64, 4, 2, splits=1), GemmShape(16, 64, 4, 2, splits=2)]
-        return [GemmShape(8, 256, 4, 2)] * (rows == 1) + found
+        found = [GemmShape(8, 256, 4, 2)] * (rows == 1)
+        return [*found, GemmShape(16, 64, 4, 2, splits=1), GemmShape(16, 64, 4, 2, splits=2)]
     if rows == 1:
-        return [
+        found = [
             GemmShape(4, 1024, 4, 2),
             GemmShape(4, 1024, 4, 2, ahead=4),
             GemmShape(4, 1024, 4, 3, ahead=6),
@@ -143,28 +144,49 @@ def candidates(rows: int, dtype: torch.dtype, *, gated: bool) -> list[GemmShape]
             GemmShape(16, 512, 8, 3),
             GemmShape(16, 512, 8, 3, held=1024),
         ]
-    found = [
-        GemmShape(16, 512, 1, 3, splits=1),
-        GemmShape(16, 512, 1, 3, splits=1, ahead=2),
-        GemmShape(16, 128, 1, 6, splits=1, held=256, ahead=8),
-        GemmShape(16, 128, 1, 6, splits=1, held=512, ahead=8),
-        GemmShape(32, 256, 2, 4, splits=1, held=512),
-        GemmShape(32, 256, 2, 4, splits=1, held=512, ahead=8),
-        GemmShape(64, 128, 4, 4, splits=1, tokens=16),
-        GemmShape(64, 128, 4, 4, splits=1, tokens=16, ahead=8),
-        GemmShape(64, 128, 4, 4, splits=1, tokens=16, ahead=24),
-        GemmShape(64, 128, 4, 4, splits=1, tokens=16, held=512, ahead=8),
-        GemmShape(64, 128, 4, 5, splits=2, ahead=2),
-        GemmShape(64, 128, 4, 5, splits=2, held=512, ahead=8),
-        GemmShape(64, 128, 4, 3, splits=4, tokens=16, held=256, ahead=8),
-    ]
-    return [shape for shape in found if _shared_bytes(shape, rows, gated) <= _MOST_SHARED_BYTES]
+    else:
+        found = [
+            GemmShape(16, 512, 1, 3, splits=1),
+            GemmShape(16, 512, 1, 3, splits=1, ahead=2),
+            GemmShape(16, 128, 1, 6, splits=1),
+            GemmShape(16, 128, 1, 6, splits=1, held=256, ahead=8),
+            GemmShape(16, 128, 1, 6, splits=1, held=512, ahead=8),
+            GemmShape(32, 256, 2, 4, splits=1),
+            GemmShape(32, 256, 2, 4, splits=1, held=512),
+            GemmShape(32, 256, 2, 4, splits=1, held=512, ahead=8),
+            GemmShape(64, 128, 4, 4, splits=1, tokens=16),
+            GemmShape(64, 128, 4, 4, splits=1, tokens=16, ahead=8),
+            GemmShape(64, 128, 4, 4, splits=1, tokens=16, ahead=24),
+            GemmShape(64, 128, 4, 4, splits=1, tokens=16, held=512, ahead=8),
+            GemmShape(64, 128, 4, 5, splits=2, ahead=2),
+            GemmShape(64, 128, 4, 5, splits=2, held=512, ahead=8),
+            GemmShape(64, 128, 4, 3, splits=4, tokens=16, held=256, ahead=8),
+        ]
+    if not pdl:
+        found = list(dict.fromkeys(replace(shape, held=0, ahead=0) for shape in found))
+    return [shape for shape in found if rows == 1 or _fits(shape, rows, gated)]
 
 
-def _shared_bytes(shape: GemmShape, rows: int, gated: bool) -> int:
-    """Tiles in flight of `triton_gemm._few_rows` in 16 bits, and held ones on their way to the matrix units."""
-    columns = shape.stages * shape.columns + shape.held
-    return 2 * columns * (shape.rows * (2 if gated else 1) + shape.padded(rows))
+def _fits(shape: GemmShape, rows: int, gated: bool) -> bool:
+    """Whether a cut of `triton_gemm._few_rows` in 16 bits has room for its tiles.
+
+    Those in flight lie in shared memory, and beside them held ones of 64 rows on their way to the matrix units. Held
+    ones of fewer rows pass through the place of those in flight; beside the sums of many rows registers have no room.
+    """
+    parts = 2 if gated else 1
+    if shape.held and shape.rows < 64 and shape.padded(rows) * parts > 32:
+        return False
+    columns = shape.stages * shape.columns + (shape.held if shape.rows >= 64 else 0)
+    return 2 * columns * (shape.rows * parts + shape.padded(rows)) <= _MOST_SHARED_BYTES
+
+
+def _distinct(product: Product, weight: torch.Tensor) -> list[GemmShape]:
+    """The candidates, without those that are the same kernel with the same arguments for this weight."""
+    found: dict[tuple[GemmShape, int], GemmShape] = {}
+    for shape in candidates(product.rows, product.dtype, gated=product.gated, pdl=gpu_kernels().pdl):
+        launched = replace(shape, held=shape.held_of(product.k), ahead=0)
+        found.setdefault((launched, shape.ahead_of(weight)), shape)
+    return list(found.values())
 
 
 def run(
@@ -229,6 +251,8 @@ def tune(
 ) -> TuneReceipt:
     """Choose for each product of a model and each number of rows; takes effect in this process at once.
 
+    Of products of one shape, in another model too, the latest choice counts; captured graphs keep theirs.
+
     Args:
         uses: every product of the model. Several of one shape are timed in turn; a single small one is copied until it
             cannot stay in the cache.
@@ -250,20 +274,17 @@ def tune(
         return TuneReceipt(0, 0, time.perf_counter() - started, 0)
     path = _file(next(iter(groups.values()))[0].weight.device)
     known = _read(path)
-    wanted: dict[Product, list[ProductUse]] = {}
-    for key, members in groups.items():
-        waits = gpu_kernels().pdl and any(use.waits for use in members)
-        wanted |= {Product(r, *key, waits=waits): members for r in rows}
-    missing = [product for product in wanted if str(product) not in known]
+    wanted = {Product(r, *key): members for key, members in groups.items() for r in rows}
+    missing = [product for product, members in wanted.items() if _name(product, members) not in known]
     _compile({product: wanted[product] for product in missing})
     for done, product in enumerate(missing):
         if on_progress is not None:
             on_progress(done, len(missing))
-        known[str(product)] = _measure(product, wanted[product])
+        known[_name(product, wanted[product])] = _measure(product, wanted[product])
     if missing:
         _write(path, known)
-    for product in wanted:
-        found = known[str(product)]["choice"]
+    for product, members in wanted.items():
+        found = known[_name(product, members)]["choice"]
         chosen[product] = None if found is None else _shape(found)
     state.rows = tuple(sorted({product.rows for product in chosen}))
     state.most_rows = state.rows[-1]
@@ -278,6 +299,16 @@ def tune(
     return receipt
 
 
+def _waits(members: Sequence[ProductUse]) -> bool:
+    """Whether a product is measured behind a kernel that leaves memory alone."""
+    return gpu_kernels().pdl and any(use.waits for use in members)
+
+
+def _name(product: Product, members: Sequence[ProductUse]) -> str:
+    """By which a choice is kept."""
+    return f"{product} waits" if _waits(members) else str(product)
+
+
 def _compile(wanted: Mapping[Product, Sequence[ProductUse]]) -> None:
     """Compile every candidate, many at a time: one after the other they would take longer than all the rest."""
     from triton import AsyncCompileMode
@@ -286,7 +317,7 @@ def _compile(wanted: Mapping[Product, Sequence[ProductUse]]) -> None:
         for product, members in wanted.items():
             weight, bias = members[0].weight, members[0].bias
             x = torch.empty((product.rows, product.k), dtype=product.dtype, device=weight.device)
-            for shape in candidates(product.rows, product.dtype, gated=product.gated):
+            for shape in _distinct(product, weight):
                 run(x, weight, bias, shape, gated=product.gated, compile_only=True)
 
 
@@ -298,16 +329,16 @@ def _measure(product: Product, members: Sequence[ProductUse]) -> dict[str, Any]:
     weights = _rotation(members)
     device = weights[0][0].device
     x = torch.randn(product.rows, product.k, dtype=torch.float32, device=device).to(product.dtype)
-    gain, held = torch.ones(product.k, dtype=product.dtype, device=device), torch.zeros_like(x)
-    latency_bound = LatencyBound(product.rows, _DEPENDENT_READS, device) if product.waits else None
+    before: Callable[[], object]
+    if _waits(members):
+        before = LatencyBound(product.rows, _DEPENDENT_READS, device)
+    else:
+        gain, residual = torch.ones(product.k, dtype=product.dtype, device=device), torch.zeros_like(x)
+        before = partial(rms_norm, x, residual, gain, 1e-5, x, pdl=gpu_kernels().pdl)
 
     def time(compute: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]) -> float:
         def call(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-            # A kernel goes before every product, as in the model: what a product does while it waits counts, too.
-            if latency_bound is not None:
-                latency_bound()
-            else:
-                rms_norm(x, held, gain, 1e-5, x, pdl=gpu_kernels().pdl)
+            before()  # as in the model: what a product does while it waits counts, too
             compute(weight, bias)
 
         return _time([partial(call, weight, bias) for weight, bias in weights], device)
@@ -322,7 +353,7 @@ def _measure(product: Product, members: Sequence[ProductUse]) -> dict[str, Any]:
 
     times = {_CUBLAS: time(cublas)}
     best: tuple[float, GemmShape | None] = (times[_CUBLAS], None)
-    for shape in candidates(product.rows, product.dtype, gated=product.gated):
+    for shape in _distinct(product, weights[0][0]):
         try:
             times[str(shape)] = time(partial(_run_shape, x, shape, product.gated))
         except Exception as error:  # a cut that this device has no room for is no reason to stop
@@ -377,10 +408,10 @@ def _file(device: torch.device) -> Path:
     """Where choices for this device and these versions are kept."""
     import triton
 
-    from yalis.kernels import triton_gemm
+    from yalis.kernels import triton_elementwise, triton_gemm
 
     sources = hashlib.sha256()
-    for source in (__file__, triton_gemm.__file__):
+    for source in (__file__, triton_gemm.__file__, triton_elementwise.__file__):
         sources.update(Path(source).read_bytes())
     what = (
         torch.cuda.get_device_name(device), torch.__version__, str(torch.version.cuda), triton.__version__,

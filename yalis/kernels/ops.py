@@ -189,7 +189,7 @@ class LinearUse(NamedTuple):
         gated: `linear_silu_and_mul` computes it.
         waits: what goes before it leaves memory alone for some microseconds: an all-reduce between ranks, or attention.
             On a GPU it is then measured after such a time, since weights that come near meanwhile are worth more than
-            the best pace afterwards.
+            the best pace afterwards. (NCCL's and torch's all-reduces do not let it start so early; their norm does.)
     """
 
     packed: PackedLinear

@@ -212,13 +212,16 @@ class LatencyBound:
     Like the all-reduce it waits for its predecessor before it lets its successor start. Devices with PDL only.
 
     Args:
-        programs: how many read beside each other.
-        reads: of each, one after the other.
+        programs: how many read beside each other, at most 256.
+        reads: of each, one after the other, from the second-level cache.
     """
 
-    _LINES = 4096  # of 128 bytes, 16 words: they stay in the second-level cache
+    _LINES = 256  # of 128 bytes, 16 words
 
     def __init__(self, programs: int, reads: int, device: torch.device):
+        if not 0 < programs <= self._LINES:
+            raise ValueError(f"{programs} programs: there are lines for 1 to {self._LINES}")
+        # On the CPU whatever torch's default device is: it is where the generator lives.
         order = torch.randperm(self._LINES, generator=torch.Generator().manual_seed(0), device="cpu") * 16
         ring = torch.zeros(16 * self._LINES, dtype=torch.int64, device="cpu")
         ring[order] = order.roll(-1)
@@ -240,8 +243,9 @@ class GemmShape:
         warps: of one program.
         stages: tiles in flight.
         splits: programs that share a row's columns; 0 is `_one_row`.
-        held: columns of each row (and split), whole tiles, that are in registers before the predecessor has ended.
-        ahead: MiB of the whole weight behind them that are asked for by then.
+        held: columns of each row (and split) that are in registers before the predecessor has ended; whole tiles, a
+            power of two.
+        ahead: MiB of the whole weight behind them that are asked for by then, if all programs are resident.
         tokens: least columns of the matrix product, 8 or 16; activations are padded to it or to a power of two.
     """
 
@@ -263,7 +267,8 @@ class GemmShape:
     def held_of(self, k: int) -> int:
         """Columns that are held of rows of ``k``: none where tiles or splits are not all whole."""
         splits = max(1, self.splits)
-        return self.held if k % (self.columns * splits) == 0 and self.held * splits <= k else 0
+        whole = k % (self.columns * splits) == 0 and self.held % self.columns == 0
+        return self.held if whole and self.held * splits <= k else 0
 
     def ahead_of(self, weight: torch.Tensor) -> int:
         """Columns that each split asks for behind those: none where rows are not aligned to 16 bytes."""

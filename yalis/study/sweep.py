@@ -151,7 +151,7 @@ def products(comm: Communicator, rounds: int, *, quick: bool) -> dict[str, dict[
     """Seconds per weight byte by shape and rows, of the slowest of all ranks at work; rounds outermost (collective)."""
     kind, nbytes = comm.device.type, weight_bytes(comm.size, quick, comm.device)
     timers = {name: ProductTimer(n, k, nbytes, comm.device) for name, (n, k) in products_of(kind).items()}
-    # As the engine does at its start; leaves CPUs alone.
+    # As the engine does at its start for what does not wait for other ranks; leaves CPUs alone.
     ops.tune_products([ops.LinearUse(weight) for timer in timers.values() for weight in timer.weights], PRODUCT_ROWS)
     cells = [(name, rows) for name in timers for rows in PRODUCT_ROWS]
     least_s = _SAMPLE_S[kind] / 10 if quick else _SAMPLE_S[kind]

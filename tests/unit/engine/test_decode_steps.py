@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from yalis import LLM
 from yalis.config import EngineConfig
 from yalis.engine.cuda_graphs import GraphLimits, graph_nbytes
 from yalis.engine.decode_steps import DecodeInputs, batch_sizes, is_decode, size_for
+from yalis.engine.fixed_steps import held_nbytes
 from yalis.engine.handle import LocalEngine
 from yalis.engine.plain_draw import is_plain
 from yalis.engine.request import Sequence
@@ -126,14 +129,35 @@ def test_imaginary_steps_run_and_leave_nothing_behind(monkeypatch, padded):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
     drawn = []
     monkeypatch.setattr(runner, "_sample_apart", _noting(runner._sample_apart, drawn))
-    found = runner._measure_activations(GraphLimits(decode_batch=4, prefill_tokens=32))
+    limits = GraphLimits(decode_batch=4, prefill_tokens=32)
+    assert runner._measure_activations(limits) == 300 + 20 + max(20, padded) + runner.penalties.most_bytes(48)
+    assert drawn[-1] == 6 and runner.kv == [] and runner.penalties._output_counts is None
+
+
+def test_products_that_wait(monkeypatch):
+    """Behind attention always, behind an all-reduce where there is one; a product behind a product does not."""
+    model = start_rank(EngineConfig(str(DEMO), device="cpu", cpu_threads=1)).core.runner.model
+    uses = list(model.products())
+    layers = model.config.num_layers
+    assert [use.waits for use in uses] == [False, True, False, False] * layers + [False]
+    assert [use.gated for use in uses] == [False, False, True, False] * layers + [False]
+    monkeypatch.setattr(model, "context", replace(model.context, tp=SimpleNamespace(size=2)))
+    assert [use.waits for use in model.products()] == [True, True, True, False] * layers + [True]
+
+
+def test_what_graphs_hold():
+    runner = start_rank(
+        EngineConfig(str(DEMO), dtype="float32", device="cpu", max_num_seqs=6, cpu_threads=1)
+    ).core.runner
+    limits = GraphLimits(decode_batch=4, prefill_tokens=32)
     # Decodes of 1, 2, 4; prompts of 16 and 32, each with and without room for decodes.
     graphs = graph_nbytes(3 + 4, runner.resolved.model.num_layers)
     # What they leave: logits of the first, hidden states of one or two prompts with no or six decodes of the others.
     hidden = (1 + 7 + 2 + 8) * runner.resolved.model.hidden_size
-    graphs += 4 * ((1 + 2 + 4) * runner.model.vocab_shard_size + hidden)
-    assert found == 300 + 20 + max(20, padded) + graphs + runner.penalties.most_bytes(48)
-    assert drawn[-1] == 6 and runner.kv == [] and runner.penalties._output_counts is None
+    left = 4 * ((1 + 2 + 4) * runner.model.vocab_shard_size + hidden)
+    assert held_nbytes(runner.resolved, runner.model, limits, last_stage=True) == graphs + left
+    assert held_nbytes(runner.resolved, runner.model, limits, last_stage=False) == graphs
+    assert held_nbytes(runner.resolved, runner.model, GraphLimits(), last_stage=True) == 0
 
 
 def _noting(call, rows: list[int]):

@@ -40,8 +40,8 @@ GIB = 1 << 30
         (0.75, 0, 53),  # 100 GiB, of which 90 are free: 90 - 25 - 12
         (0.75, 24 * GIB, 53),  # graphs lie in the quarter that the engine leaves alone
         (0.75, 25 * GIB, 52),  # half a GiB of it is not theirs
-        (0.995, 0, 77),
-        (0.995, 3 * GIB, 74),  # there is no room outside
+        (1.0, 0, 78),
+        (0.999, 3 * GIB, 74),  # there is no room outside
     ],
 )
 def test_pages_of_a_gpu(utilization: float, graph_bytes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +58,7 @@ def test_no_room_for_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_kv_blocks(resolved, GIB, 4 * GIB, GIB) == 4
     with pytest.raises(ConfigError, match="give less to CUDA graphs"):
         num_kv_blocks(resolved, GIB, 4 * GIB, 6 * GIB)
+    asked = dataclasses.replace(resolved, user=dataclasses.replace(resolved.user, num_kv_blocks=8))
+    assert num_kv_blocks(asked, GIB, 4 * GIB, 2 * GIB) == 8
+    with pytest.raises(ConfigError, match=f"has {7 * GIB} on this cuda besides {3 * GIB} of CUDA graphs"):
+        num_kv_blocks(asked, GIB, 4 * GIB, 3 * GIB)
