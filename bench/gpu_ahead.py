@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from gpu_kernels import timed  # beside this file
 from triton import AsyncCompileMode
 
 from yalis.attention.base import AttentionBatch, AttentionSpec, LayerKV, Rotation
@@ -66,30 +67,6 @@ def _idle(x, residual, gain, nanoseconds, SIZE: tl.constexpr):
     while now - begin < nanoseconds:
         now = tl.extra.cuda.globaltimer()
     tl.store(x + at, value.to(tl.bfloat16))
-
-
-def timed(call: Callable[[], Any]) -> float:
-    """Microseconds per call."""
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(capture_error_mode="thread_local")
-        for _ in range(CALLS):
-            call()
-        graph.capture_end()
-        graph.replay()
-        times = []
-        for _ in range(REPLAYS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-    return 1e3 * sorted(times)[REPLAYS // 2] / CALLS
 
 
 class Chain:
@@ -140,7 +117,7 @@ class Chain:
 
     def time(self) -> float:
         """Microseconds a layer, of the slowest rank."""
-        found = timed(self) / LAYERS
+        found = timed([self], CALLS, REPLAYS) / LAYERS
         if dist.is_initialized():
             box = torch.tensor([found])
             dist.all_reduce(box, op=dist.ReduceOp.MAX)

@@ -42,7 +42,7 @@ def timed(calls: list[Callable[[], Any]], repeat: int = 1, replays: int = 7) -> 
         calls[0]()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin()
+        graph.capture_begin(capture_error_mode="thread_local")  # NCCL's watchdog may call CUDA meanwhile
         for _ in range(repeat):
             for call in calls:
                 call()
