@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from yalis.kernels import gemm, triton_attention, triton_gemm
+from yalis.kernels import gemm, triton_attention, triton_gemm, triton_two_shot
 
 BF16, FP32, INT32, INT64 = "*bf16", "*fp32", "*i32", "*i64"
 POINTERS = {
@@ -26,11 +27,15 @@ DECODE = {**SHAPE, "GROUP_PAD": 4, "ROWS": 16, "HALF_PAD": 64, "KEYS": 64, "STAG
 PREFILL = {**SHAPE, "QUERIES": 32, "ROWS": 128, "KEYS": 32, "STAGES": 4}
 
 
-def compiled(function: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int) -> str:
-    """Its PTX for Hopper; whatever is no pointer and no constant is an int32."""
+def compiled(
+    function: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int, aligned: Sequence[str] = ()
+) -> str:
+    """Its PTX for Hopper; whatever is no pointer and no constant is an int32. ``aligned``: multiples of 16."""
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    source = ASTSource(function, signature, {(names.index(name),): value for name, value in constants.items()})
+    values = {(names.index(name),): value for name, value in constants.items()}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name in names}
+    source = ASTSource(function, signature, values, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     return str(made.asm["ptx"])
 
@@ -79,3 +84,17 @@ def test_latency_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = ptx.split("griddepcontrol.wait")
     assert "griddepcontrol.launch_dependents" in after and "ld.volatile" in after
     assert "ld.global" not in before and "ld.volatile" not in before
+
+
+@pytest.mark.parametrize("name", ["scatter", "reduce", "finish", "finish_norm"])
+def test_two_shot(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes over the links or through memory moves 16 bytes at a time."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    pointers = {**dict.fromkeys(("x", "residual", "out", "weight", "staged"), BF16), "bases": INT64, "eps": "fp32"}
+    function = getattr(triton_two_shot, f"_two_shot_{name}")
+    constants = {"RANK": 1, "RANKS": 2, "UNIT": 4096, "CLIPPED": False, "ADD": True, "BLOCK": 4096}
+    constants = {key: value for key, value in constants.items() if key in function.arg_names}
+    ptx = compiled(function, pointers, constants, 8, aligned=(*pointers, "room"))
+    moves = [line for line in ptx.splitlines() if "ld.global" in line or "st.global" in line]
+    assert any("st.global" in line for line in moves)
+    assert all(".v4.b32" in line for line in moves if "b64" not in line), moves

@@ -32,7 +32,7 @@ from yalis.errors import ConfigError
 PARTS = ("GEMM", "attention", "all-reduce", "other", "idle")
 # Names of kernels (and on the CPU of operators and ranges), first match wins.
 _NAMES = (
-    ("all-reduce", re.compile(r"nccl|all_?reduce|one_shot|two_shot|multimem", re.IGNORECASE)),
+    ("all-reduce", re.compile(r"nccl|all_?reduce|one_shot|two_shot|symmetric_memory::barrier|multimem", re.IGNORECASE)),
     ("attention", re.compile(r"^_?(decode|prefill)(_|$)|attention|attn|flash|fmha", re.IGNORECASE)),
     (
         "GEMM",

@@ -109,7 +109,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--all-reduce",
         dest="all_reduce",
         metavar="NAME",
-        help="torch (nccl, gloo), rd, shm, nvrar, symm_mem; null skips it, for benchmarks (default: auto)",
+        help="torch (nccl, gloo), rd, shm, nvrar, two_shot, symm_mem; null skips it, for benchmarks (default: auto)",
     )
     add(
         "--compute",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from yalis.comm.channels import Channels, Passage
     from yalis.comm.nvrar.link import Link
+    from yalis.comm.peer_memory import PeerMemory
     from yalis.comm.shm import SharedSegment
     from yalis.comm.tuning import TunedTable
 
@@ -172,7 +175,8 @@ class Communicator:
             table: rows (largest bytes, algorithm) in place of the default policy and of a tuned table's.
             tuned: what `yalis tune` measured, or the file it is in; rank 0's counts. Default the usual place
                 (`yalis.comm.tuning.find`).
-            nvrar_bytes: largest message that NVRAR reserves memory for; larger ones go to torch. 0: its default, 4 MiB.
+            nvrar_bytes: largest message that NVRAR reserves memory for; larger ones go to two_shot or torch. 0: its
+                default, 4 MiB.
 
         Raises:
             TopologyError: the group does not fit the topology, or there is nowhere to meet.
@@ -195,16 +199,20 @@ class Communicator:
         group.connect(store, "nccl" if group.device.type == "cuda" else "gloo")
         guard = guard or NullGuard({m.rank: m.hostname for m in group.members})
         segment, channels = _share_memory(group, algorithm, guard)
+        link = None
         try:
             link = _open_nvrar(group, algorithm, guard, table, tuned, nvrar_bytes)
+            memory = _map_memory(group, algorithm, table, link)
         except BaseException:
+            if link is not None:
+                link.close(failed=True)
             if channels is not None:
                 channels.close()
             if segment is not None:
                 segment.close()
             group.close()
             raise
-        comm = cls(group, algorithm, guard, stats, Resources(segment, link), table, channels)
+        comm = cls(group, algorithm, guard, stats, Resources(segment, link, memory), table, channels)
         try:
             policy.check_forced(algorithm, group.shape)
             if algorithm == "torch" and group.fabric is not None:
@@ -481,6 +489,8 @@ class Communicator:
         self._whole = None
         if self._resources.link is not None:
             self._resources.link.close(failed=self._broken is not None)
+        if self._resources.memory is not None:
+            self._resources.memory.close()
         if self._channels is not None:
             self._channels.close()
         if self._resources.segment is not None:
@@ -689,6 +699,44 @@ def _open_nvrar(
         return None
     group.shape = replace(group.shape, nvrar_bytes=link.capacity)
     return link
+
+
+def _map_memory(group: Group, algorithm: str, table: policy.Table | None, link: Link | None) -> PeerMemory | None:
+    """Memory for `two_shot` where it may be chosen and the GPUs can map it, else None (collective over the group)."""
+    shape = group.shape
+    if shape.device != "cuda" or shape.nodes > 1:
+        return None
+    rows = [name for _, name in table or ()]
+    if table is None and link is not None and link.table is not None:
+        rows += link.table.names()
+    if algorithm not in ("nvrar", "two_shot") and not (algorithm == "auto" and "two_shot" in rows):
+        return None
+    # Before anybody allocates: who fails alone lets the others wait.
+    problem = "" if importlib.util.find_spec("triton") else "package triton is missing (pip install triton)"
+    uuid = torch.cuda.get_device_properties(group.device).uuid
+    hello = json.dumps({"gpu": f"{group.members[group.index].hostname}/{uuid}", "problem": problem})
+    words = [json.loads(word) for word in group.exchange("two-shot", hello)]
+    gpus = [word["gpu"] for word in words]
+    why = next((word["problem"] for word in words if word["problem"]), "")
+    if len(set(gpus)) < len(gpus):
+        why = "ranks share a GPU, and memory is mapped between GPUs"
+    memory = None
+    if not why:
+        from yalis.comm.algorithms.two_shot import BUFFER_BYTES
+        from yalis.comm.peer_memory import PeerMemory
+
+        try:
+            memory = PeerMemory(group, BUFFER_BYTES, "two_shot")
+        except CommError as error:
+            problem = str(error)
+        why = next(filter(None, group.exchange("two-shot-memory", problem)), "")
+    if not why:
+        group.shape = replace(shape, mapped=True)
+        return memory
+    if algorithm == "two_shot":
+        raise ConfigError(f"all-reduce algorithm 'two_shot': {why}")
+    logger.warning("group %s: two_shot does not serve: %s; torch takes long messages", list(group.ranks), why)
+    return None
 
 
 def _tuned_table(group: Group, tuned: TunedTable | Path | None) -> TunedTable | None:

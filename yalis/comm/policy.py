@@ -13,7 +13,7 @@ import torch
 
 from yalis.errors import CommError, ConfigError
 
-ALGORITHMS = ("torch", "rd", "shm", "nvrar", "symm_mem", "null")
+ALGORITHMS = ("torch", "rd", "shm", "nvrar", "two_shot", "symm_mem", "null")
 # Other names: what torch's own all-reduce is on a device.
 ALIASES = {"nccl": ("torch", "cuda"), "gloo": ("torch", "cpu")}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,6 +32,7 @@ class GroupShape:
         contiguous: ranks of one node are neighbours in the group.
         one_host: all ranks run under one kernel, whatever nodes are declared.
         nvrar_bytes: largest message of NVRAR where it is open for this group, else 0.
+        mapped: the ranks' GPUs stand on one node and have memory mapped to each other.
     """
 
     ranks: int
@@ -42,6 +43,7 @@ class GroupShape:
     contiguous: bool
     one_host: bool = False
     nvrar_bytes: int = 0
+    mapped: bool = False
 
 
 # Rows (largest message in bytes, algorithm), ascending; the last row holds for everything above.
@@ -75,6 +77,13 @@ def why_not(name: str, shape: GroupShape, dtype: torch.dtype | None = None) -> s
             return f"it works inside one node, and the group spans {shape.nodes}; use rd or torch"
         if not shape.shared_memory:
             return "the ranks cannot share memory (other containers), or there is no C compiler"
+    if name == "two_shot":
+        if shape.device != "cuda":
+            return f"it works on CUDA tensors, not on {shape.device}"
+        if shape.nodes > 1:
+            return f"it works inside one node, and the group spans {shape.nodes}"
+        if not shape.mapped:
+            return "the GPUs' memory is not mapped to each other (see the log for the reason)"
     if name == "nvrar" and not shape.nvrar_bytes:
         return "its library is not open for this group (see the log for the reason)"
     return None
@@ -135,7 +144,8 @@ def choose(shape: GroupShape, dtype: torch.dtype, nbytes: int, forced: str = "au
         shape: the group.
         dtype: of the message.
         nbytes: size of the message in bytes.
-        forced: ``"auto"``, or an algorithm to use for everything (``"nvrar"``: for all that its memory holds).
+        forced: ``"auto"``, or an algorithm to use for everything (``"nvrar"``: for all that its memory holds; what is
+            longer goes to ``"two_shot"`` where that serves, else to torch).
         table: rows in place of the default ones. A row whose algorithm cannot serve is skipped; when none can, torch's
             own collective is used.
 
@@ -146,7 +156,7 @@ def choose(shape: GroupShape, dtype: torch.dtype, nbytes: int, forced: str = "au
         reason = why_not(forced, shape, dtype)
         if reason is not None:
             raise CommError(f"all-reduce algorithm {forced!r} was forced, but {reason}; use auto or torch")
-        return forced if _fits(forced, shape, nbytes) else "torch"
+        return forced if _fits(forced, shape, nbytes) else _beyond(shape, dtype)
     for limit, name in table if table is not None else default_table(shape):
         if nbytes <= limit and why_not(name, shape, dtype) is None and _fits(name, shape, nbytes):
             return name
@@ -154,8 +164,13 @@ def choose(shape: GroupShape, dtype: torch.dtype, nbytes: int, forced: str = "au
 
 
 def _fits(name: str, shape: GroupShape, nbytes: int) -> bool:
-    """Whether the message is within what the algorithm reserved memory for. Beyond, bandwidth counts: torch's turn."""
+    """Whether the message is within what the algorithm reserved memory for."""
     return name != "nvrar" or nbytes <= shape.nvrar_bytes
+
+
+def _beyond(shape: GroupShape, dtype: torch.dtype) -> str:
+    """Who takes what NVRAR has no memory for: there bandwidth counts."""
+    return "two_shot" if why_not("two_shot", shape, dtype) is None else "torch"
 
 
 def explain(
@@ -179,8 +194,9 @@ def explain(
 
 def candidates(shape: GroupShape, forced: str = "auto", table: Table | None = None) -> tuple[str, ...]:
     """Every algorithm that `choose` may return for this group; torch is always one of them."""
-    names = (
-        [forced] if forced != "auto" else [name for _, name in (table if table is not None else default_table(shape))]
-    )
+    rows = table if table is not None else default_table(shape)
+    names = [forced] if forced != "auto" else [name for _, name in rows]
+    if forced == "nvrar":
+        names.append("two_shot")
     usable = [name for name in dict.fromkeys(names) if why_not(name, shape) is None]
     return tuple(dict.fromkeys([*usable, "torch"]))

@@ -20,7 +20,7 @@ from yalis.study.nccl import CPUS, GENERATIONS
 
 KINDS = ("spec", "measured", "fitted", "assumed")
 # All-reduces as the engine names them; what each may do is in `yalis.study.collectives.VARIANTS`.
-ALGORITHMS = ("nccl", "nvrar", "symm_mem", "torch", "rd", "shm")
+ALGORITHMS = ("nccl", "nvrar", "two_shot", "symm_mem", "torch", "rd", "shm")
 FOLDER = Path(__file__).parent / "clusters"
 
 

@@ -200,6 +200,10 @@ def _shots(cluster: Cluster, m: float, ranks: int, nodes: int) -> list[tuple[str
     return found
 
 
+def _two_shot(cluster: Cluster, m: float, ranks: int, nodes: int) -> list[tuple[str, str, Cost]]:
+    return [found for found in _shots(cluster, m, ranks, nodes) if found[0] == "two-shot"]
+
+
 def references(cluster: Cluster, m: float, ranks: int, nodes: int) -> dict[str, float]:
     """Seconds of ``m`` bytes by every formula, each over its cheapest wire format: what an algorithm is compared with.
 
@@ -225,8 +229,9 @@ VARIANTS: dict[str, _Ways] = {
     "rd": _hierarchical,
     "shm": _shots,
     "symm_mem": _shots,
+    "two_shot": _two_shot,
 }
-_ONE_NODE = ("shm", "symm_mem")
+_ONE_NODE = ("shm", "symm_mem", "two_shot")
 
 
 def serves(algorithm: str, ranks: int, nodes: int) -> bool:

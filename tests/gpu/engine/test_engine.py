@@ -350,6 +350,7 @@ TP, PP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
     [
         {**TP, "all_reduce": "nccl"},
         {**TP, "all_reduce": "symm_mem"},
+        {**TP, "all_reduce": "two_shot"},
         {**TP, "all_reduce": "nvrar"},
         {**TP, "all_reduce": "nvrar", "ranks_per_node": 1},
         {**TP, "all_reduce": "nvrar", "enforce_eager": True},

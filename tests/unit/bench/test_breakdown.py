@@ -29,6 +29,11 @@ from yalis.errors import ConfigError, RequestError
         ("_prefill", "attention"),
         ("void flash_fwd_kernel", "attention"),
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "all-reduce"),
+        ("_two_shot_finish_norm", "all-reduce"),
+        (
+            "c10d::symmetric_memory::barrier_kernel(unsigned int**, unsigned long, int, int, unsigned long)",
+            "all-reduce",
+        ),
         ("L0.mlp.down/allreduce[shm,32768B]", "all-reduce"),
         ("two_shot_all_reduce_kernel_inplace", "all-reduce"),
         ("_rms_norm", "other"),

@@ -62,6 +62,9 @@ def test_forced_is_used_or_refused() -> None:
         ("gloo", GPUS, "serves cpu tensors, not cuda; use nccl or auto"),
         ("symm_mem", ONE_HOST, "not on cpu"),
         ("symm_mem", GPUS, "inside one host"),
+        ("two_shot", ONE_HOST, "not on cpu"),
+        ("two_shot", GPUS, "spans 2"),
+        ("two_shot", replace(GPUS, nodes=1, ranks_per_node=8), "not mapped to each other"),
     ):
         with pytest.raises(ConfigError, match=words):
             check_forced(name, shape)
@@ -107,3 +110,18 @@ def test_shards_cover_everything_once_and_differ_by_one(count: int, parts: int) 
     sizes = [end - start for start, end in bounds]
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_long_messages_of_nvrar() -> None:
+    """To two_shot where the GPUs of one node map each other's memory, else to torch; tables may name it, too."""
+    between = replace(GPUS, nvrar_bytes=1 << 22)
+    inside = replace(between, nodes=1, ranks_per_node=8)
+    mapped = replace(inside, mapped=True)
+    for shape, name in ((between, "torch"), (inside, "torch"), (mapped, "two_shot")):
+        assert [choose(shape, torch.bfloat16, n, "nvrar") for n in (1 << 22, (1 << 22) + 2)] == ["nvrar", name]
+        assert policy.explain(shape, torch.bfloat16, "nvrar")[-1][1] == name
+        assert set(candidates(shape, "nvrar")) == {"nvrar", name, "torch"}
+    table = [(1 << 20, "nvrar"), (1 << 62, "two_shot")]
+    assert choose(mapped, torch.float32, 1 << 21, "auto", table) == "two_shot"
+    assert choose(inside, torch.float32, 1 << 21, "auto", table) == "torch"
+    assert choose(mapped, torch.int64, 1 << 21, "auto", table) == "torch"

@@ -12,6 +12,7 @@ _CLASSES = {
     "rd": "yalis.comm.algorithms.recursive_doubling:RecursiveDoubling",
     "shm": "yalis.comm.algorithms.shm:SharedMemory",
     "symm_mem": "yalis.comm.algorithms.symm_mem:SymmMem",
+    "two_shot": "yalis.comm.algorithms.two_shot:TwoShot",
     "null": "yalis.comm.algorithms.null:Null",
     "nvrar": "yalis.comm.algorithms.nvrar:Nvrar",
 }

@@ -13,6 +13,7 @@ from yalis.comm.stats import CommStats
 
 if TYPE_CHECKING:
     from yalis.comm.nvrar.link import Link
+    from yalis.comm.peer_memory import PeerMemory
     from yalis.comm.shm import SharedSegment
 
 
@@ -23,10 +24,12 @@ class Resources:
     Args:
         segment: shared memory of this rank's node within the group, or None where there is none.
         link: NVRAR between the members, or None where it is not open.
+        memory: of the members' GPUs, mapped to each other, or None where it is not.
     """
 
     segment: SharedSegment | None = None
     link: Link | None = None
+    memory: PeerMemory | None = None
 
 
 class Algorithm(ABC):

@@ -6,8 +6,6 @@ parts) for longer ones. NVLink multicast is never used. Both kernels add in rank
 
 from __future__ import annotations
 
-import itertools
-import os
 from time import perf_counter
 from typing import Any, ClassVar
 
@@ -15,8 +13,8 @@ import torch
 
 from yalis.comm.algorithms.base import Algorithm, Resources
 from yalis.comm.group import Group
+from yalis.comm.peer_memory import PeerMemory
 from yalis.comm.stats import CommStats
-from yalis.errors import CommError
 
 # Measured on two H200: one-shot is ahead up to 128 KiB, two-shot from 256 KiB on.
 _ONE_SHOT_BYTES = 192 * 1024
@@ -24,7 +22,6 @@ _ONE_SHOT_BYTES = 192 * 1024
 _BUFFER_BYTES = 16 * 2**20
 # The kernels move 16 bytes at a time, and two-shot gives every rank a whole number of them.
 _GRAIN = 16
-_NUMBERS = itertools.count()
 
 
 class SymmMem(Algorithm):
@@ -35,29 +32,8 @@ class SymmMem(Algorithm):
 
     def __init__(self, group: Group, resources: Resources, stats: CommStats) -> None:
         super().__init__(group, resources, stats)
-        # Read when the first buffer is made; without it torch binds multicast memory wherever the switch offers it.
-        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-        import torch.distributed as dist
-        import torch.distributed._symmetric_memory as symm_mem
-
-        memory: Any = symm_mem
-        c10d: Any = dist
-        registry: Any = torch._C._distributed_c10d
-        # Counted, because a group may be made again after it was closed.
-        self._name = f"yalis_{next(_NUMBERS)}_" + "_".join(map(str, group.ranks))
         self._ops: Any = torch.ops.symm_mem
-        try:
-            # The operators find the ranks and their store by the name of a registered process group.
-            named = c10d.ProcessGroup(c10d.PrefixStore("symm_mem", group.store), group.index, group.size)
-            named._set_group_name(self._name)
-            registry._register_process_group(self._name, named)
-            self._buffer = memory.empty(_BUFFER_BYTES, dtype=torch.uint8, device=group.device)
-            self._handle = memory.rendezvous(self._buffer, self._name)
-        except RuntimeError as error:
-            raise CommError(
-                f"symm_mem: torch could not map the memory of the ranks {list(group.ranks)} to each other: "
-                f"{str(error).splitlines()[0]}; use nccl or auto"
-            ) from error
+        self._memory = PeerMemory(group, _BUFFER_BYTES, self.name)
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """See `Algorithm.all_reduce`."""
@@ -71,11 +47,11 @@ class SymmMem(Algorithm):
     def _piece(self, x: torch.Tensor, out: torch.Tensor) -> None:
         grain = _GRAIN * self.group.size
         nbytes = -(-x.nbytes // grain) * grain
-        shared = self._buffer[:nbytes].view(x.dtype)
+        shared = self._memory.buffer[:nbytes].view(x.dtype)
         count = len(x)
         shared[:count].copy_(x)
         if nbytes <= _ONE_SHOT_BYTES and nbytes == x.nbytes and out.data_ptr() % _GRAIN == 0:
-            self._ops.one_shot_all_reduce_out(shared, "sum", self._name, out)
+            self._ops.one_shot_all_reduce_out(shared, "sum", self._memory.name, out)
         else:
-            self._ops.two_shot_all_reduce_(shared, "sum", self._name)
+            self._ops.two_shot_all_reduce_(shared, "sum", self._memory.name)
             out.copy_(shared[:count])
