@@ -86,15 +86,15 @@ def test_latency_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "ld.global" not in before and "ld.volatile" not in before
 
 
-@pytest.mark.parametrize("name", ["scatter", "reduce", "finish", "finish_norm"])
+@pytest.mark.parametrize("name", ["scatter", "reduce", "finish", "reduce_norm", "finish_norm"])
 def test_two_shot(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever goes over the links or through memory moves 16 bytes at a time."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {**dict.fromkeys(("x", "residual", "out", "weight", "staged"), BF16), "bases": INT64, "eps": "fp32"}
     function = getattr(triton_two_shot, f"_two_shot_{name}")
-    constants = {"RANK": 1, "RANKS": 2, "UNIT": 4096, "CLIPPED": False, "ADD": True, "BLOCK": 4096}
+    constants = {"RANK": 1, "RANKS": 2, "UNIT": 4096, "CLIPPED": False, "BLOCK": 4096}
     constants = {key: value for key, value in constants.items() if key in function.arg_names}
-    ptx = compiled(function, pointers, constants, 8, aligned=(*pointers, "room"))
+    ptx = compiled(function, pointers, constants, 8, aligned=(*pointers, "room", "half"))
     moves = [line for line in ptx.splitlines() if "ld.global" in line or "st.global" in line]
     assert any("st.global" in line for line in moves)
     assert all(".v4.b32" in line for line in moves if "b64" not in line), moves

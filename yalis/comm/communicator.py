@@ -485,12 +485,14 @@ class Communicator:
         if self._closed:
             return
         self._closed = True
+        for algorithm in self._algorithms.values():
+            algorithm.close(failed=self._broken is not None)
         self._algorithms.clear()
         self._whole = None
         if self._resources.link is not None:
             self._resources.link.close(failed=self._broken is not None)
         if self._resources.memory is not None:
-            self._resources.memory.close()
+            self._resources.memory.close(failed=self._broken is not None)
         if self._channels is not None:
             self._channels.close()
         if self._resources.segment is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
+import time
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from yalis.comm.group import Group
 from yalis.errors import CommError
 
 _NUMBERS = itertools.count()
+_REST_S = 0.5
 
 
 class PeerMemory:
@@ -55,6 +58,10 @@ class PeerMemory:
                 f"{what}: torch could not map the memory of the ranks {list(group.ranks)} to each other: "
                 f"{str(error).splitlines()[0]}; use nccl or auto"
             ) from error
+        # torch's destructor throws on a device that failed, and that ends the process: only `close` may run it.
+        self._kept: ctypes.py_object[Any] | None = ctypes.py_object(self._handle)
+        ctypes.pythonapi.Py_IncRef(self._kept)
+        self._device = group.device
         seen = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
         self.bases = torch.tensor([x.data_ptr() for x in seen], dtype=torch.int64, device=group.device)
 
@@ -65,7 +72,32 @@ class PeerMemory:
         """
         self._handle.barrier(0, self._timeout_ms)
 
-    def close(self) -> None:
-        """Let go of the memory; nothing may use it any more. Not collective, may be called twice."""
-        self.buffer = self.bases = torch.empty(0)
+    def close(self, *, failed: bool) -> None:
+        """Let go of the memory; nothing may use it any more. Not collective, may be called twice.
+
+        Args:
+            failed: a peer was lost. The device may stand in a meeting then, or be past use, and to free memory there ends
+                the process: it stays until the process ends, as it does when the device has not come to rest.
+        """
+        if self._kept is None:
+            return
+        kept, self._kept = self._kept, None
         self._handle = None
+        self.buffer = self.bases = torch.empty(0)
+        if not failed and self._is_idle():
+            ctypes.pythonapi.Py_DecRef(kept)
+
+    def _is_idle(self) -> bool:
+        """Whether the device has done all it was told; gives it half a second."""
+        cuda: Any = torch.cuda  # its type information lacks the arguments
+        done = cuda.Event()
+        end = time.monotonic() + _REST_S
+        try:
+            done.record(torch.cuda.current_stream(self._device))
+            while not done.query():
+                if time.monotonic() > end:
+                    return False
+                time.sleep(1e-3)
+        except RuntimeError:  # the device failed
+            return False
+        return True

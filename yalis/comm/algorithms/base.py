@@ -77,3 +77,6 @@ class Algorithm(ABC):
             WaitFailed: a peer is gone or late.
         """
         raise NotImplementedError(f"{self.name} does not fuse")
+
+    def close(self, *, failed: bool) -> None:  # noqa: B027 - most have nothing of their own
+        """Let go of what this algorithm opened itself; ``failed``: a peer was lost. Not collective."""

@@ -55,3 +55,7 @@ class SymmMem(Algorithm):
         else:
             self._ops.two_shot_all_reduce_(shared, "sum", self._memory.name)
             out.copy_(shared[:count])
+
+    def close(self, *, failed: bool) -> None:
+        """See `Algorithm.close`."""
+        self._memory.close(failed=failed)

@@ -17,8 +17,8 @@ from yalis.comm.stats import CommStats
 from yalis.errors import CommError
 from yalis.kernels import triton_two_shot as kernels
 
-# For both areas, taken by every group that may choose this algorithm; longer messages go in pieces.
-BUFFER_BYTES = 32 << 20
+# Both halves, taken by every group that may choose this algorithm; longer messages go in pieces.
+BUFFER_BYTES = 64 << 20
 # A sum without a norm is divided in groups of so many elements: at least 32 bytes.
 _UNIT = 16
 # Longest row of a norm: one program has it in registers.
@@ -47,7 +47,7 @@ class TwoShot(Algorithm):
             exchange = self._exchange(x.dtype, _UNIT, -(-len(piece) // _UNIT), len(piece))
             kernels.scatter(piece, exchange)
             self._memory.meet()
-            kernels.reduce(piece, None, result, exchange)
+            kernels.reduce(piece, result, exchange)
             self._memory.meet()
             kernels.finish(result, exchange)
         self._count(start, x.nbytes)
@@ -75,15 +75,15 @@ class TwoShot(Algorithm):
             exchange = self._exchange(x.dtype, hidden, len(piece), piece.numel())
             kernels.scatter(piece, exchange)
             self._memory.meet()
-            kernels.reduce(piece, part, piece, exchange)
+            kernels.reduce_norm(piece, part, weight, eps, exchange)
             self._memory.meet()
             kernels.finish_norm(piece, part, weight, eps, exchange)
         self._count(start, x.nbytes)
 
     def _units_at_once(self, dtype: torch.dtype, unit: int) -> int:
-        """Units of a piece: its shards fill the slots of both areas."""
-        slots = 2 * (self.group.size - 1)
-        return self._memory.buffer.nbytes // slots // (unit * dtype.itemsize) * self.group.size
+        """Units of a piece: its shards fill the slots of a half."""
+        slots = self.group.size - 1
+        return self._memory.buffer.nbytes // 2 // slots // (unit * dtype.itemsize) * self.group.size
 
     def _exchange(self, dtype: torch.dtype, unit: int, units: int, count: int) -> kernels.Exchange:
         memory = self._memory
