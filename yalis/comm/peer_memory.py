@@ -76,8 +76,8 @@ class PeerMemory:
         """Let go of the memory; nothing may use it any more. Not collective, may be called twice.
 
         Args:
-            failed: a peer was lost. The device may stand in a meeting then, or be past use, and to free memory there ends
-                the process: it stays until the process ends, as it does when the device has not come to rest.
+            failed: a peer was lost. The device may stand in a meeting then, or be past use, and to free memory there
+                ends the process: it stays until the process ends, as it does when the device has not come to rest.
         """
         if self._kept is None:
             return

@@ -236,7 +236,7 @@ def finish(out: torch.Tensor, exchange: Exchange) -> None:
 
 
 def reduce_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, exchange: Exchange) -> None:
-    """As `reduce`, and add the sum to this rank's rows of ``residual``, which are handed on; their norm goes into ``x``.
+    """As `reduce`, but the sum is added to this rank's rows of ``residual``, which are handed on; their norm: ``x``.
 
     Units must be rows: [units, unit], contiguous. Roundings as `yalis.kernels.ops.add_rms_norm`.
     """

@@ -113,12 +113,13 @@ def test_shards_cover_everything_once_and_differ_by_one(count: int, parts: int) 
 
 
 def test_long_messages_of_nvrar() -> None:
-    """To two_shot where the GPUs of one node map each other's memory, else to torch; tables may name it, too."""
+    """To two_shot where the GPUs of one node map each other's memory, and sooner; else to torch. Tables may name it."""
     between = replace(GPUS, nvrar_bytes=1 << 22)
     inside = replace(between, nodes=1, ranks_per_node=8)
     mapped = replace(inside, mapped=True)
-    for shape, name in ((between, "torch"), (inside, "torch"), (mapped, "two_shot")):
-        assert [choose(shape, torch.bfloat16, n, "nvrar") for n in (1 << 22, (1 << 22) + 2)] == ["nvrar", name]
+    for shape, limit, name in ((between, 1 << 22, "torch"), (inside, 1 << 22, "torch"), (mapped, 1 << 21, "two_shot")):
+        assert [choose(shape, torch.bfloat16, n, "nvrar") for n in (limit, limit + 2)] == ["nvrar", name]
+        assert policy.explain(shape, torch.bfloat16, "nvrar")[0] == (limit, "nvrar")
         assert policy.explain(shape, torch.bfloat16, "nvrar")[-1][1] == name
         assert set(candidates(shape, "nvrar")) == {"nvrar", name, "torch"}
     table = [(1 << 20, "nvrar"), (1 << 62, "two_shot")]
