@@ -31,7 +31,7 @@ logger = get_logger(__name__)
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 MAX_BYTES = 4 << 20
-"""Default capacity. Larger messages are bound by bandwidth and go to torch's collective."""
+"""Default capacity. Larger messages are bound by bandwidth and go elsewhere (`yalis.comm.policy.choose`)."""
 
 OPTIONS_VARIABLE = "YALIS_NVRAR_OPTIONS"
 """Names out of ``relay``, ``whole_cells``, ``ordinary_launch`` (nvrar.h), with commas between; alike on all ranks."""
