@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is a GPU"
     )
     parser.add_argument(
-        "--algorithm", default="auto", metavar="A[,B]", help="auto, torch, rd, shm, nvrar; several take turns"
+        "--algorithm",
+        default="auto",
+        metavar="A[,B]",
+        help="auto, torch, rd, shm, nvrar, two_shot, symm_mem; several take turns",
     )
     parser.add_argument(
         "-b", "--min-bytes", type=byte_size, default=byte_size("2K"), metavar="SIZE", help="default: 2K"

@@ -141,5 +141,5 @@ def _others(asked: str, comm: Communicator) -> list[str]:
         for name in names:
             policy.check_forced(name, comm.shape)
         return names
-    usable = ("torch", "rd", "shm") if comm.device.type == "cpu" else ("torch",)
+    usable = ("torch", "rd", "shm") if comm.device.type == "cpu" else ("torch", "two_shot")
     return [name for name in usable if policy.why_not(name, comm.shape) is None]
