@@ -23,7 +23,7 @@ from yalis.comm.topology import from_environment
 def main() -> None:
     """One rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all-reduce", default="auto", help="auto, nvrar, shm, rd, torch (default: auto)")
+    parser.add_argument("--all-reduce", default="auto", help="auto, nvrar, shm, rd, two_shot, torch (default: auto)")
     parser.add_argument("--ranks-per-node", type=int, help="declare nodes of so many ranks")
     args = parser.parse_args()
 

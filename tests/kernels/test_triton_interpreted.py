@@ -14,11 +14,12 @@ _HERE = Path(__file__).resolve().parent
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_under_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["two_shot", "not two_shot"])
+def test_kernels_under_the_interpreter(which: str) -> None:
     # In a process of its own: the interpreter must not leak into other tests, which compile or skip.
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(_HERE / "interpreted")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which, str(_HERE / "interpreted")],
         env=environment,
         cwd=_HERE.parents[1],
         capture_output=True,

@@ -170,7 +170,7 @@ def run_allreduce_bench(
 
 _HEADER = (
     f"# {'':>10} {'':>10} {'':>9} {'':>6} {'':>5} {'':>6} |{'out-of-place':^40}|{'in-place':^40}\n"
-    f"# {'size':>10} {'count':>10} {'type':>9} {'redop':>6} {'root':>5} {'algo':>6} |"
+    f"# {'size':>10} {'count':>10} {'type':>9} {'redop':>6} {'root':>5} {'algo':>8} |"
     + "|".join(f" {'time':>10} {'algbw':>9} {'busbw':>9} {'#wrong':>7} " for _ in range(2))
     + f"\n# {'(B)':>10} {'(elements)':>10} {'':>9} {'':>6} {'':>5} {'':>6} |"
     + "|".join(f" {'(us)':>10} {'(GB/s)':>9} {'(GB/s)':>9} {'':>7} " for _ in range(2))
@@ -183,7 +183,7 @@ def format_row(row: Row) -> str:
         f" {m.time:>10.2f} {m.alg_bw:>9.2f} {m.bus_bw:>8.2f}{'*' if row.flat_equivalent else ' '} {m.nwrong:>7} "
         for m in (row.out_of_place, row.in_place)
     )
-    return f"  {row.size:>10} {row.count:>10} {row.type:>9} {'sum':>6} {-1:>5} {row.algorithm:>6} |{cells}"
+    return f"  {row.size:>10} {row.count:>10} {row.type:>9} {'sum':>6} {-1:>5} {row.algorithm:>8} |{cells}"
 
 
 def trailer(rows: Sequence[Row]) -> list[str]:

@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--all-reduce",
         metavar="NAMES",
-        help="on GPUs, only these of nccl (needed), nvrar, symm_mem; default: all that serve",
+        help="on GPUs, only these of nccl (needed), nvrar, symm_mem; default: those of them that serve",
     )
     parser.add_argument("--quick", action="store_true", help="fewer repeats and smaller messages: a look, not a result")
     parser.add_argument(

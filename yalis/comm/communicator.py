@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import threading
@@ -120,6 +119,7 @@ class Communicator:
         resources: Resources,
         table: policy.Table | None,
         channels: Channels | None = None,
+        tuned: TunedTable | None = None,
     ) -> None:
         """Use `create`."""
         self.topology = group.topology
@@ -133,6 +133,7 @@ class Communicator:
         self._group = group
         self._guard = guard
         self._table = table
+        self._tuned = tuned
         self._resources = resources
         self._channels = channels
         self._algorithms: dict[str, Algorithm] = {}
@@ -175,8 +176,8 @@ class Communicator:
             table: rows (largest bytes, algorithm) in place of the default policy and of a tuned table's.
             tuned: what `yalis tune` measured, or the file it is in; rank 0's counts. Default the usual place
                 (`yalis.comm.tuning.find`).
-            nvrar_bytes: largest message that NVRAR reserves memory for; larger ones go to two_shot or torch. 0: its
-                default, 4 MiB.
+            nvrar_bytes: largest message that NVRAR reserves memory for; larger ones go to torch, or to two_shot, where
+                that serves, from above 2 MiB whatever is reserved. 0: its default, 4 MiB.
 
         Raises:
             TopologyError: the group does not fit the topology, or there is nowhere to meet.
@@ -199,10 +200,14 @@ class Communicator:
         group.connect(store, "nccl" if group.device.type == "cuda" else "gloo")
         guard = guard or NullGuard({m.rank: m.hostname for m in group.members})
         segment, channels = _share_memory(group, algorithm, guard)
-        link = None
+        link = found = None
         try:
-            link = _open_nvrar(group, algorithm, guard, table, tuned, nvrar_bytes)
-            memory = _map_memory(group, algorithm, table, link)
+            if algorithm == "nvrar" or (algorithm == "auto" and table is None):
+                found = _tuned_table(group, tuned)
+            link = _open_nvrar(group, algorithm, guard, table, found, nvrar_bytes)
+            if link is None and found is not None and "nvrar" in found.names():
+                found = None  # measured with it; the default policy knows what serves without
+            memory = _map_memory(group, algorithm, table, found)
         except BaseException:
             if link is not None:
                 link.close(failed=True)
@@ -212,7 +217,7 @@ class Communicator:
                 segment.close()
             group.close()
             raise
-        comm = cls(group, algorithm, guard, stats, Resources(segment, link, memory), table, channels)
+        comm = cls(group, algorithm, guard, stats, Resources(segment, link, memory), table, channels, found)
         try:
             policy.check_forced(algorithm, group.shape)
             if algorithm == "torch" and group.fabric is not None:
@@ -550,16 +555,15 @@ class Communicator:
 
     def _rows(self, dtype: torch.dtype) -> policy.Table | None:
         """Rows in place of the default policy: the caller's, else the tuned table's."""
-        link = self._resources.link
-        if self._table is not None or link is None or link.table is None:
+        if self._table is not None or self._tuned is None:
             return self._table
-        return link.table.policy_rows(dtype)
+        measured = self._tuned.policy_rows(dtype)
+        return None if measured is None else [*measured, *policy.default_table(self.shape)]
 
     def _candidates(self) -> tuple[str, ...]:
         names = list(policy.candidates(self.shape, self.algorithm, self._table))
-        link = self._resources.link
-        if link is not None and link.table is not None and self._table is None and self.algorithm == "auto":
-            names += [name for name in link.table.names() if policy.why_not(name, self.shape) is None]
+        if self._tuned is not None and self._table is None and self.algorithm == "auto":
+            names += [name for name in self._tuned.names() if policy.why_not(name, self.shape) is None]
         return tuple(dict.fromkeys(names))
 
     def _register(self) -> None:
@@ -674,24 +678,20 @@ def _open_nvrar(
     algorithm: str,
     guard: Guard,
     table: policy.Table | None,
-    tuned: TunedTable | Path | None,
+    tuned: TunedTable | None,
     max_bytes: int,
 ) -> Link | None:
     """NVRAR between the members where it may be chosen, else None (collective over the group)."""
     if algorithm not in ("auto", "nvrar"):
         return None
-    rows = table
-    found = None
-    if table is None or algorithm == "nvrar":
-        found = _tuned_table(group, tuned)
-        rows = table if table is not None else policy.default_table(group.shape)
-    wanted = [name for _, name in rows or ()] + (found.names() if found is not None and table is None else [])
+    rows = table if table is not None else policy.default_table(group.shape)
+    wanted = [name for _, name in rows] + (tuned.names() if tuned is not None and table is None else [])
     if algorithm == "auto" and "nvrar" not in wanted:
         return None
     from yalis.comm.nvrar.link import MAX_BYTES, Link
 
     try:
-        link = Link.connect(group, found, max_bytes=max_bytes or MAX_BYTES, abort_flag=guard.abort_flag_address())
+        link = Link.connect(group, tuned, max_bytes=max_bytes or MAX_BYTES, abort_flag=guard.abort_flag_address())
     except PeerLostError:
         raise
     except CommError as error:
@@ -703,42 +703,52 @@ def _open_nvrar(
     return link
 
 
-def _map_memory(group: Group, algorithm: str, table: policy.Table | None, link: Link | None) -> PeerMemory | None:
-    """Memory for `two_shot` where it may be chosen and the GPUs can map it, else None (collective over the group)."""
+def _map_memory(
+    group: Group, algorithm: str, table: policy.Table | None, tuned: TunedTable | None
+) -> PeerMemory | None:
+    """Memory for `two_shot` where it may be chosen and the GPUs can map it, else None (collective over the group).
+
+    Raises:
+        ConfigError: it was forced and cannot serve; the same on every rank.
+        PeerLostError: a member did not come.
+    """
     shape = group.shape
-    if shape.device != "cuda" or shape.nodes > 1:
+    if policy.why_not("two_shot", replace(shape, mapped=True)) is not None:
         return None
-    rows = [name for _, name in table or ()]
-    if table is None and link is not None and link.table is not None:
-        rows += link.table.names()
+    rows = [name for _, name in table or ()] if table is not None or tuned is None else tuned.names()
     if algorithm not in ("nvrar", "two_shot") and not (algorithm == "auto" and "two_shot" in rows):
         return None
-    # Before anybody allocates: who fails alone lets the others wait.
-    problem = "" if importlib.util.find_spec("triton") else "package triton is missing (pip install triton)"
-    uuid = torch.cuda.get_device_properties(group.device).uuid
-    hello = json.dumps({"gpu": f"{group.members[group.index].hostname}/{uuid}", "problem": problem})
+    problem, nbytes = "", 0
+    try:
+        from yalis.comm.algorithms.two_shot import BUFFER_BYTES as nbytes
+    except Exception as error:  # whatever keeps Triton from loading
+        problem = f"its kernels cannot be loaded ({error}; pip install triton)"
+    hello = json.dumps({"gpu": _gpu_of(group), "problem": problem})
     words = [json.loads(word) for word in group.exchange("two-shot", hello)]
-    gpus = [word["gpu"] for word in words]
     why = next((word["problem"] for word in words if word["problem"]), "")
-    if len(set(gpus)) < len(gpus):
+    if len({word["gpu"] for word in words}) < group.size:
         why = "ranks share a GPU, and memory is mapped between GPUs"
-    memory = None
     if not why:
-        from yalis.comm.algorithms.two_shot import BUFFER_BYTES
         from yalis.comm.peer_memory import PeerMemory
 
         try:
-            memory = PeerMemory(group, BUFFER_BYTES, "two_shot")
+            memory = PeerMemory(group, nbytes, "two_shot")
+        except PeerLostError:
+            raise
         except CommError as error:
-            problem = str(error)
-        why = next(filter(None, group.exchange("two-shot-memory", problem)), "")
-    if not why:
-        group.shape = replace(shape, mapped=True)
-        return memory
+            why = str(error)
+        else:
+            group.shape = replace(shape, mapped=True)
+            return memory
     if algorithm == "two_shot":
-        raise ConfigError(f"all-reduce algorithm 'two_shot': {why}")
+        raise ConfigError(f"all-reduce algorithm 'two_shot': {why}; use nccl or auto")
     logger.warning("group %s: two_shot does not serve: %s; torch takes long messages", list(group.ranks), why)
     return None
+
+
+def _gpu_of(group: Group) -> str:
+    """Names this rank's GPU among all."""
+    return f"{group.members[group.index].hostname}/{torch.cuda.get_device_properties(group.device).uuid}"
 
 
 def _tuned_table(group: Group, tuned: TunedTable | Path | None) -> TunedTable | None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
+import json
 import os
-import time
-from typing import Any
+import threading
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
-from yalis.comm.group import Group
+from yalis.comm.group import Group, WaitFailed
 from yalis.errors import CommError
 
-_NUMBERS = itertools.count()
-_REST_S = 0.5
+# A meeting without a peer fails so much later than the group's time limit, so that whoever watches over the ranks (the
+# liveness monitor, at the limit) has said before who did not come.
+_LATER = 1.1
+_LATER_S = 2.0
+_REST_S = 2.0
 
 
 class PeerMemory:
     """One buffer of the same size on every rank of a group, at addresses that all of them can read and write.
+
+    Whoever uses it must do so in one order on every rank: on one stream, or on streams that wait for each other.
 
     Attributes:
         buffer: this rank's, [nbytes] uint8.
@@ -27,14 +32,20 @@ class PeerMemory:
         name: of the registered process group, for torch's own operators.
     """
 
+    # torch counts the rendezvous of a process, whichever group they are of, and ranks that have counted differently
+    # would wait for each other in vain.
+    _rendezvous: ClassVar[int] = 0
+
     def __init__(self, group: Group, nbytes: int, what: str) -> None:
-        """Collective over the group.
+        """Collective over the group; succeeds on all ranks or on none.
 
         Args:
-            what: whom the memory is for, in errors.
+            nbytes: size of each rank's buffer.
+            what: whom the memory is for, in errors; once per group.
 
         Raises:
-            CommError: the memory could not be mapped.
+            CommError: the memory could not be mapped, the same on every rank, with the first reason.
+            PeerLostError: a member did not come.
         """
         # Read when the first buffer is made; without it torch binds multicast memory wherever the switch offers it.
         os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
@@ -43,61 +54,95 @@ class PeerMemory:
         memory: Any = symm_mem
         c10d: Any = dist
         registry: Any = torch._C._distributed_c10d
-        # Counted, because a group may be made again after it was closed.
-        self.name = f"yalis_{next(_NUMBERS)}_" + "_".join(map(str, group.ranks))
-        self._timeout_ms = int(900 * group.timeout_s)
+        self._group = group
+        self._kept: ctypes.py_object[Any] | None = None
+        self._timeout_ms = int(1e3 * (_LATER * group.timeout_s + _LATER_S))
+        problem, count = "", PeerMemory._rendezvous
+        try:
+            self.buffer: torch.Tensor = memory.empty(nbytes, dtype=torch.uint8, device=group.device)
+        except RuntimeError as error:
+            problem = _first_line(error)
+        # Before anybody meets: who has nothing to map does not come, and the others would wait.
+        hello = json.dumps({"problem": problem, "count": count})
+        words = [json.loads(word) for word in group.exchange(f"memory/{what}", hello)]
+        problems = [word["problem"] for word in words]
+        if len({word["count"] for word in words}) > 1:
+            problems.append("they have mapped memory in different numbers of groups, which torch cannot match")
+        self._refuse(what, problems)
+        PeerMemory._rendezvous += 1
+        self.name = f"yalis_{count}_" + "_".join(map(str, group.ranks))
         try:
             # torch finds the ranks and their store by the name of a registered process group.
             named = c10d.ProcessGroup(c10d.PrefixStore(f"symm_mem/{what}", group.store), group.index, group.size)
             named._set_group_name(self.name)
             registry._register_process_group(self.name, named)
-            self.buffer: torch.Tensor = memory.empty(nbytes, dtype=torch.uint8, device=group.device)
             self._handle: Any = memory.rendezvous(self.buffer, self.name)
+            # torch's destructor throws on a device that failed, and that ends the process: only `close` may run it.
+            self._kept = ctypes.py_object(self._handle)
+            ctypes.pythonapi.Py_IncRef(self._kept)
+            seen = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
+            self.bases = torch.tensor([x.data_ptr() for x in seen], dtype=torch.int64, device=group.device)
         except RuntimeError as error:
-            raise CommError(
-                f"{what}: torch could not map the memory of the ranks {list(group.ranks)} to each other: "
-                f"{str(error).splitlines()[0]}; use nccl or auto"
-            ) from error
-        # torch's destructor throws on a device that failed, and that ends the process: only `close` may run it.
-        self._kept: ctypes.py_object[Any] | None = ctypes.py_object(self._handle)
-        ctypes.pythonapi.Py_IncRef(self._kept)
-        self._device = group.device
-        seen = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
-        self.bases = torch.tensor([x.data_ptr() for x in seen], dtype=torch.int64, device=group.device)
+            problem = _first_line(error)
+        try:
+            self._refuse(what, group.exchange(f"memory/{what}/mapped", problem))
+        except CommError:
+            self.close(failed=False)
+            raise
+
+    def _refuse(self, what: str, problems: list[str]) -> None:
+        found = next(filter(None, problems), None)
+        if found is not None:
+            ranks = list(self._group.ranks)
+            raise CommError(f"{what}: torch could not map the memory of the ranks {ranks} to each other: {found}")
 
     def meet(self) -> None:
         """Enqueue that all ranks meet: what each did before is seen by all after. A kernel; graphs may hold it.
 
-        Without a peer it fails at 0.9 of the group's time limit, and with it the device's context.
+        Without a peer it fails some seconds after the group's time limit, and with it the device, for this process.
+
+        Raises:
+            WaitFailed: the device has failed already.
         """
-        self._handle.barrier(0, self._timeout_ms)
+        try:
+            self._handle.barrier(0, self._timeout_ms)
+        except RuntimeError as error:
+            raise WaitFailed(f"the GPU has failed, likely in a meeting without a peer: {_first_line(error)}") from error
 
     def close(self, *, failed: bool) -> None:
         """Let go of the memory; nothing may use it any more. Not collective, may be called twice.
 
         Args:
             failed: a peer was lost. The device may stand in a meeting then, or be past use, and to free memory there
-                ends the process: it stays until the process ends, as it does when the device has not come to rest.
+                ends the process: it stays until the process ends, as it does when the device does not come to rest.
         """
         if self._kept is None:
             return
         kept, self._kept = self._kept, None
+        if failed or not self._comes_to_rest():
+            # Not even back to torch's pool, where a later buffer might get it with signals of old meetings in it.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.buffer))
+        else:
+            ctypes.pythonapi.Py_DecRef(kept)
         self._handle = None
         self.buffer = self.bases = torch.empty(0)
-        if not failed and self._is_idle():
-            ctypes.pythonapi.Py_DecRef(kept)
 
-    def _is_idle(self) -> bool:
-        """Whether the device has done all it was told; gives it half a second."""
-        cuda: Any = torch.cuda  # its type information lacks the arguments
-        done = cuda.Event()
-        end = time.monotonic() + _REST_S
-        try:
-            done.record(torch.cuda.current_stream(self._device))
-            while not done.query():
-                if time.monotonic() > end:
-                    return False
-                time.sleep(1e-3)
-        except RuntimeError:  # the device failed
-            return False
-        return True
+    def _comes_to_rest(self) -> bool:
+        """Whether the device does all that it was told, on whatever stream, within `_REST_S`."""
+        done = []
+
+        def rest() -> None:
+            try:
+                torch.cuda.synchronize(self._group.device)
+                done.append(True)
+            except RuntimeError:  # the device failed
+                pass
+
+        thread = threading.Thread(target=rest, name="yalis-memory-rest", daemon=True)
+        thread.start()
+        thread.join(_REST_S)
+        return bool(done)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

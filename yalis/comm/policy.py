@@ -51,7 +51,7 @@ Table = Sequence[tuple[int, str]]
 
 _ANY = 1 << 62
 # Where two_shot serves, forced NVRAR leaves it what is longer. Two H100, with residual and norm, us: 12.6 and 19.3 at
-# 2 MiB, 34.8 and 26.1 at 4 MiB (NVRAR takes two rounds there).
+# 2 MiB, 34.8 and 26.1 at 4 MiB (NVRAR takes two rounds there). More GPUs have not been measured.
 _NVRAR_BESIDE_TWO_SHOT = 2 << 20
 # Measured in docs/communicator.md: on one host shared memory wins at every size from 2 KiB to 2 MiB.
 _ONE_NODE_CPU: Table = ((_ANY, "shm"), (_ANY, "torch"))
@@ -85,6 +85,8 @@ def why_not(name: str, shape: GroupShape, dtype: torch.dtype | None = None) -> s
             return f"it works on CUDA tensors, not on {shape.device}"
         if shape.nodes > 1:
             return f"it works inside one node, and the group spans {shape.nodes}"
+        if not shape.one_host:
+            return "it works inside one host"
         if not shape.mapped:
             return "the GPUs' memory is not mapped to each other (see the log for the reason)"
     if name == "nvrar" and not shape.nvrar_bytes:
@@ -148,7 +150,7 @@ def choose(shape: GroupShape, dtype: torch.dtype, nbytes: int, forced: str = "au
         dtype: of the message.
         nbytes: size of the message in bytes.
         forced: ``"auto"``, or an algorithm to use for everything (``"nvrar"``: up to 2 MiB where ``"two_shot"`` serves
-            and takes the rest, else for all that its memory holds, and the rest goes to torch).
+            and takes the rest, else up to ``shape.nvrar_bytes``, and the rest goes to torch).
         table: rows in place of the default ones. A row whose algorithm cannot serve is skipped; when none can, torch's
             own collective is used.
 
@@ -159,8 +161,8 @@ def choose(shape: GroupShape, dtype: torch.dtype, nbytes: int, forced: str = "au
         reason = why_not(forced, shape, dtype)
         if reason is not None:
             raise CommError(f"all-reduce algorithm {forced!r} was forced, but {reason}; use auto or torch")
-        if forced == "nvrar" and why_not("two_shot", shape, dtype) is None and nbytes > _NVRAR_BESIDE_TWO_SHOT:
-            return "two_shot"
+        if forced == "nvrar" and why_not("two_shot", shape, dtype) is None:
+            return forced if nbytes <= min(_NVRAR_BESIDE_TWO_SHOT, shape.nvrar_bytes) else "two_shot"
         return forced if _fits(forced, shape, nbytes) else "torch"
     for limit, name in table if table is not None else default_table(shape):
         if nbytes <= limit and why_not(name, shape, dtype) is None and _fits(name, shape, nbytes):

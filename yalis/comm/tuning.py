@@ -76,7 +76,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TunedTable:
-    """Rows by dtype name (``"bfloat16"``), ascending in size; above the last row torch's collective serves.
+    """Rows by dtype name (``"bfloat16"``), ascending in size; above the last row the default policy holds.
 
     Args:
         key: what it was measured on.

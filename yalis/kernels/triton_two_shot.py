@@ -27,11 +27,11 @@ _BLOCK = 4096
 
 @dataclass(frozen=True)
 class Exchange:
-    """How one message is divided and where it is staged: the same on every rank but for ``rank`` and ``staged``.
+    """How one message is divided, the same on every rank, and where this rank finds what.
 
     Attributes:
         rank, ranks: this one's place, and how many there are.
-        bases: [ranks] int64 on the device, addresses of every rank's memory.
+        bases: [ranks] int64 on the device, where this rank sees every rank's memory.
         staged: this rank's memory, in the message's dtype, 1-D; half of it holds ``ranks - 1`` slots.
         unit: elements that stay together, a multiple of 16.
         units: of the message.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from yalis.bench.allreduce import crafted
 from yalis.comm.algorithms import two_shot
 from yalis.comm.communicator import Communicator, init_distributed
 from yalis.comm.topology import from_environment
+from yalis.errors import PeerLostError
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -123,15 +125,19 @@ def late() -> None:
     comm.all_reduce(x)
     torch.cuda.synchronize()
     if comm.rank == 1:
-        time.sleep(8)
+        time.sleep(10)
         os._exit(0)  # without the goodbyes that rank 0 cannot answer any more
     start = time.perf_counter()
     comm.all_reduce(x)
     with pytest.raises(RuntimeError):
         torch.cuda.synchronize()
     took = time.perf_counter() - start
+    with pytest.raises(PeerLostError, match="likely"):
+        comm.all_reduce(x, out=x)
+    comm.close()  # which frees nothing of the device's
     print(f"took {took:.1f}", flush=True)
-    os._exit(0 if 2 < took < 6 else 1)
+    sys.stdout.flush()
+    os._exit(0 if 3 < took < 8 else 1)
 
 
 @pytest.mark.parametrize("work", [sums, norms, graphs], ids=lambda work: work.__name__)

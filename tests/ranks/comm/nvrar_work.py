@@ -175,7 +175,12 @@ def tuned(me: Rank, folder: str) -> tuple[list[str], tuple[str, ...], list[str]]
     """Rank 0 alone finds a table; all follow it."""
     table = TunedTable(
         tuning.key_for(torch.device("cpu"), 1, 2),
-        {"bfloat16": [Row(4096, "nvrar", Plan("one_shot", "cells", 1, 1), 1.0, {}), Row(65536, "shm", None, 1.0, {})]},
+        {
+            "bfloat16": [
+                Row(4096, "nvrar", Plan("one_shot", "cells", 1, 1), 1.0, {}),
+                Row(65536, "torch", None, 1.0, {}),
+            ]
+        },
     )
     path = Path(folder) / "table.json"
     if me.rank == 0:

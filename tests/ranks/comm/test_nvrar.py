@@ -81,9 +81,9 @@ def test_ranks_that_differ_are_named(pool: RankPool, what: str) -> None:
 
 def test_rank_0_hands_its_table_round(pool: RankPool, tmp_path: Path) -> None:
     for used, names, told in pool.run(2, work.tuned, str(tmp_path)):
-        assert used == ["nvrar", "nvrar", "shm", "shm", "torch"]
+        assert used == ["nvrar", "nvrar", "torch", "torch", "shm"]
         assert set(names) == {"nvrar", "shm", "torch"}
-        rows = ["up to 4096 B: nvrar (one_shot/cells/1x1)", "up to 65536 B: shm", "above: torch"]
+        rows = ["up to 4096 B: nvrar (one_shot/cells/1x1)", "up to 65536 B: torch", "above: shm"]
         assert told == [*rows, "measured by yalis tune"]
 
 

@@ -64,7 +64,8 @@ def test_forced_is_used_or_refused() -> None:
         ("symm_mem", GPUS, "inside one host"),
         ("two_shot", ONE_HOST, "not on cpu"),
         ("two_shot", GPUS, "spans 2"),
-        ("two_shot", replace(GPUS, nodes=1, ranks_per_node=8), "not mapped to each other"),
+        ("two_shot", replace(GPUS, nodes=1, ranks_per_node=8), "inside one host"),
+        ("two_shot", replace(GPUS, nodes=1, ranks_per_node=8, one_host=True), "not mapped to each other"),
     ):
         with pytest.raises(ConfigError, match=words):
             check_forced(name, shape)
@@ -116,12 +117,14 @@ def test_long_messages_of_nvrar() -> None:
     """To two_shot where the GPUs of one node map each other's memory, and sooner; else to torch. Tables may name it."""
     between = replace(GPUS, nvrar_bytes=1 << 22)
     inside = replace(between, nodes=1, ranks_per_node=8)
-    mapped = replace(inside, mapped=True)
+    mapped = replace(inside, mapped=True, one_host=True)
     for shape, limit, name in ((between, 1 << 22, "torch"), (inside, 1 << 22, "torch"), (mapped, 1 << 21, "two_shot")):
         assert [choose(shape, torch.bfloat16, n, "nvrar") for n in (limit, limit + 2)] == ["nvrar", name]
         assert policy.explain(shape, torch.bfloat16, "nvrar")[0] == (limit, "nvrar")
         assert policy.explain(shape, torch.bfloat16, "nvrar")[-1][1] == name
         assert set(candidates(shape, "nvrar")) == {"nvrar", name, "torch"}
+    little = replace(mapped, nvrar_bytes=1 << 20)  # of a caller who wants less
+    assert policy.explain(little, torch.bfloat16, "nvrar") == [(1 << 20, "nvrar"), (1 << 62, "two_shot")]
     table = [(1 << 20, "nvrar"), (1 << 62, "two_shot")]
     assert choose(mapped, torch.float32, 1 << 21, "auto", table) == "two_shot"
     assert choose(inside, torch.float32, 1 << 21, "auto", table) == "torch"

@@ -6,13 +6,15 @@ more, as where the two are called one after another.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import ClassVar
 
 import torch
 
 from yalis.comm.algorithms.base import Algorithm, Resources
-from yalis.comm.group import Group
+from yalis.comm.group import Group, WaitFailed
 from yalis.comm.stats import CommStats
 from yalis.errors import CommError
 from yalis.kernels import triton_two_shot as kernels
@@ -39,18 +41,17 @@ class TwoShot(Algorithm):
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """See `Algorithm.all_reduce`."""
-        start = perf_counter()
         source, target = x.view(-1), out.view(-1)
         step = self._units_at_once(x.dtype, _UNIT) * _UNIT
-        for at in range(0, len(source), step):
-            piece, result = source[at : at + step], target[at : at + step]
-            exchange = self._exchange(x.dtype, _UNIT, -(-len(piece) // _UNIT), len(piece))
-            kernels.scatter(piece, exchange)
-            self._memory.meet()
-            kernels.reduce(piece, result, exchange)
-            self._memory.meet()
-            kernels.finish(result, exchange)
-        self._count(start, x.nbytes)
+        with self._launching(x.nbytes):
+            for at in range(0, len(source), step):
+                piece, result = source[at : at + step], target[at : at + step]
+                exchange = self._exchange(x.dtype, _UNIT, -(-len(piece) // _UNIT), len(piece))
+                kernels.scatter(piece, exchange)
+                self._memory.meet()
+                kernels.reduce(piece, result, exchange)
+                self._memory.meet()
+                kernels.finish(result, exchange)
 
     def fuses(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
         """See `Algorithm.fuses`."""
@@ -66,19 +67,18 @@ class TwoShot(Algorithm):
 
     def all_reduce_rmsnorm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         """See `Algorithm.all_reduce_rmsnorm`."""
-        start = perf_counter()
         hidden = x.shape[-1]
         rows, held = x.view(-1, hidden), residual.view(-1, hidden)
         step = self._units_at_once(x.dtype, hidden)
-        for at in range(0, len(rows), step):
-            piece, part = rows[at : at + step], held[at : at + step]
-            exchange = self._exchange(x.dtype, hidden, len(piece), piece.numel())
-            kernels.scatter(piece, exchange)
-            self._memory.meet()
-            kernels.reduce_norm(piece, part, weight, eps, exchange)
-            self._memory.meet()
-            kernels.finish_norm(piece, part, weight, eps, exchange)
-        self._count(start, x.nbytes)
+        with self._launching(x.nbytes):
+            for at in range(0, len(rows), step):
+                piece, part = rows[at : at + step], held[at : at + step]
+                exchange = self._exchange(x.dtype, hidden, len(piece), piece.numel())
+                kernels.scatter(piece, exchange)
+                self._memory.meet()
+                kernels.reduce_norm(piece, part, weight, eps, exchange)
+                self._memory.meet()
+                kernels.finish_norm(piece, part, weight, eps, exchange)
 
     def _units_at_once(self, dtype: torch.dtype, unit: int) -> int:
         """Units of a piece: its shards fill the slots of a half."""
@@ -91,5 +91,15 @@ class TwoShot(Algorithm):
             self.group.index, self.group.size, memory.bases, memory.buffer.view(dtype), unit, units, count
         )
 
-    def _count(self, start: float, nbytes: int) -> None:
+    @contextmanager
+    def _launching(self, nbytes: int) -> Iterator[None]:
+        """Kernels go to the group's device, whichever is current; time is counted; a failed device is a failed wait."""
+        start = perf_counter()
+        try:
+            with torch.cuda.device(self.group.device):
+                yield
+        except RuntimeError as error:
+            raise WaitFailed(
+                f"two_shot: the GPU refuses work, likely after a meeting without a peer: {error}"
+            ) from error
         self.stats.add(self.stats.intra, perf_counter() - start, nbytes)
