@@ -29,8 +29,8 @@ def untouched(exchange: kernels.Exchange) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ranks", [2, 3, 8])
-@pytest.mark.parametrize("count", [1, 17, 160, 65536])
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("count", [1, 17, 160, 20000])
 def test_sum(dtype: torch.dtype, ranks: int, count: int) -> None:
     xs = [torch.randn(count).to(dtype) for _ in range(ranks)]
     total = torch.zeros(count)

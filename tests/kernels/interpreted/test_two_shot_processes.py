@@ -23,7 +23,7 @@ from yalis.comm.stats import CommStats
 from yalis.kernels import torch_reference as reference
 
 BYTES = 16384
-CALLS = 25
+CALLS = 16
 
 
 def made(call: int, rank: int, *shape: int) -> torch.Tensor:
