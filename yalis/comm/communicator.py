@@ -490,14 +490,16 @@ class Communicator:
         if self._closed:
             return
         self._closed = True
+        failed = self._broken is not None
         for algorithm in self._algorithms.values():
-            algorithm.close(failed=self._broken is not None)
+            algorithm.close(failed=failed)
         self._algorithms.clear()
         self._whole = None
+        # First, as it looks in bounded time whether the device is at rest; NVRAR would wait for that.
+        if self._resources.memory is not None and not self._resources.memory.close(failed=failed):
+            failed = True
         if self._resources.link is not None:
-            self._resources.link.close(failed=self._broken is not None)
-        if self._resources.memory is not None:
-            self._resources.memory.close(failed=self._broken is not None)
+            self._resources.link.close(failed=failed)
         if self._channels is not None:
             self._channels.close()
         if self._resources.segment is not None:

@@ -18,7 +18,8 @@ from yalis.errors import CommError
 # liveness monitor, at the limit) has said before who did not come.
 _LATER = 1.1
 _LATER_S = 2.0
-_REST_S = 2.0
+# As long as closing a communicator may take (docs/failures.md).
+_REST_S = 5.0
 
 
 class PeerMemory:
@@ -56,6 +57,7 @@ class PeerMemory:
         registry: Any = torch._C._distributed_c10d
         self._group = group
         self._kept: ctypes.py_object[Any] | None = None
+        self._freed = False
         self._timeout_ms = int(1e3 * (_LATER * group.timeout_s + _LATER_S))
         problem, count = "", PeerMemory._rendezvous
         try:
@@ -109,23 +111,28 @@ class PeerMemory:
         except RuntimeError as error:
             raise WaitFailed(f"the GPU has failed, likely in a meeting without a peer: {_first_line(error)}") from error
 
-    def close(self, *, failed: bool) -> None:
+    def close(self, *, failed: bool) -> bool:
         """Let go of the memory; nothing may use it any more. Not collective, may be called twice.
 
         Args:
             failed: a peer was lost. The device may stand in a meeting then, or be past use, and to free memory there
                 ends the process: it stays until the process ends, as it does when the device does not come to rest.
+
+        Returns:
+            Whether the memory was freed, now or before: the device is at rest then.
         """
         if self._kept is None:
-            return
+            return self._freed
         kept, self._kept = self._kept, None
-        if failed or not self._comes_to_rest():
+        self._freed = not failed and self._comes_to_rest()
+        if not self._freed:
             # Not even back to torch's pool, where a later buffer might get it with signals of old meetings in it.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.buffer))
         else:
             ctypes.pythonapi.Py_DecRef(kept)
         self._handle = None
         self.buffer = self.bases = torch.empty(0)
+        return self._freed
 
     def _comes_to_rest(self) -> bool:
         """Whether the device does all that it was told, on whatever stream, within `_REST_S`."""

@@ -151,8 +151,8 @@ def test_memory_is_freed_only_where_that_is_safe(
     memory = opened()
     if device is not None:
         monkeypatch.setattr(torch.cuda, "synchronize", device)
-    memory.close(failed=failed)
-    memory.close(failed=failed)
+    assert memory.close(failed=failed) != kept
+    assert memory.close(failed=failed) != kept, "again, without harm"
     assert alive(handles[0]) == kept
 
 
