@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,10 +13,11 @@ import torch.distributed as dist
 
 from yalis.comm import policy
 from yalis.comm.algorithms import load
-from yalis.comm.algorithms.base import Algorithm, Resources
+from yalis.comm.algorithms.base import Algorithm
 from yalis.comm.group import Group, Transfer, WaitFailed, in_line, wait_for
 from yalis.comm.guard import Guard, NullGuard
 from yalis.comm.nvrar import ops
+from yalis.comm.resources import Resources, open_resources
 from yalis.comm.stats import CommStats
 from yalis.comm.topology import Topology, launcher, rendezvous
 from yalis.errors import CommError, ConfigError, PeerLostError, PeerTimeoutError, TopologyError
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
     from yalis.comm.channels import Channels, Passage
     from yalis.comm.nvrar.link import Link
-    from yalis.comm.peer_memory import PeerMemory
-    from yalis.comm.shm import SharedSegment
     from yalis.comm.tuning import TunedTable
 
 logger = get_logger(__name__)
@@ -118,8 +115,6 @@ class Communicator:
         stats: CommStats,
         resources: Resources,
         table: policy.Table | None,
-        channels: Channels | None = None,
-        tuned: TunedTable | None = None,
     ) -> None:
         """Use `create`."""
         self.topology = group.topology
@@ -133,9 +128,7 @@ class Communicator:
         self._group = group
         self._guard = guard
         self._table = table
-        self._tuned = tuned
         self._resources = resources
-        self._channels = channels
         self._algorithms: dict[str, Algorithm] = {}
         self._choices: dict[tuple[torch.dtype, int], str] = {}
         self._token = 0
@@ -199,25 +192,12 @@ class Communicator:
         policy.check_name(algorithm)
         group.connect(store, "nccl" if group.device.type == "cuda" else "gloo")
         guard = guard or NullGuard({m.rank: m.hostname for m in group.members})
-        segment, channels = _share_memory(group, algorithm, guard)
-        link = found = None
         try:
-            if algorithm == "nvrar" or (algorithm == "auto" and table is None):
-                found = _tuned_table(group, tuned)
-            link = _open_nvrar(group, algorithm, guard, table, found, nvrar_bytes)
-            if link is None and found is not None and "nvrar" in found.names():
-                found = None  # measured with it; the default policy knows what serves without
-            memory = _map_memory(group, algorithm, table, found)
+            resources = open_resources(group, algorithm, guard, table=table, tuned=tuned, nvrar_bytes=nvrar_bytes)
         except BaseException:
-            if link is not None:
-                link.close(failed=True)
-            if channels is not None:
-                channels.close()
-            if segment is not None:
-                segment.close()
             group.close()
             raise
-        comm = cls(group, algorithm, guard, stats, Resources(segment, link, memory), table, channels, found)
+        comm = cls(group, algorithm, guard, stats, resources, table)
         try:
             policy.check_forced(algorithm, group.shape)
             if algorithm == "torch" and group.fabric is not None:
@@ -480,7 +460,7 @@ class Communicator:
 
     def _way(self, peer: int) -> Channels | Group:
         """How messages go to and come from ``peer``: through shared memory inside of a node, else through torch."""
-        channels = self._channels
+        channels = self._resources.channels
         return channels if channels is not None and channels.reaches(peer) else self._group
 
     # ---- lifetime ---------------------------------------------------------------------------------------------
@@ -495,15 +475,7 @@ class Communicator:
             algorithm.close(failed=failed)
         self._algorithms.clear()
         self._whole = None
-        # First, as it looks in bounded time whether the device is at rest; NVRAR would wait for that.
-        if self._resources.memory is not None and not self._resources.memory.close(failed=failed):
-            failed = True
-        if self._resources.link is not None:
-            self._resources.link.close(failed=failed)
-        if self._channels is not None:
-            self._channels.close()
-        if self._resources.segment is not None:
-            self._resources.segment.close()
+        self._resources.close(failed=failed)
         self._group.close()
 
     def __enter__(self) -> Communicator:
@@ -557,15 +529,17 @@ class Communicator:
 
     def _rows(self, dtype: torch.dtype) -> policy.Table | None:
         """Rows in place of the default policy: the caller's, else the tuned table's."""
-        if self._table is not None or self._tuned is None:
+        tuned = self._resources.tuned
+        if self._table is not None or tuned is None:
             return self._table
-        measured = self._tuned.policy_rows(dtype)
+        measured = tuned.policy_rows(dtype)
         return None if measured is None else [*measured, *policy.default_table(self.shape)]
 
     def _candidates(self) -> tuple[str, ...]:
         names = list(policy.candidates(self.shape, self.algorithm, self._table))
-        if self._tuned is not None and self._table is None and self.algorithm == "auto":
-            names += [name for name in self._tuned.names() if policy.why_not(name, self.shape) is None]
+        tuned = self._resources.tuned
+        if tuned is not None and self._table is None and self.algorithm == "auto":
+            names += [name for name in tuned.names() if policy.why_not(name, self.shape) is None]
         return tuple(dict.fromkeys(names))
 
     def _register(self) -> None:
@@ -648,122 +622,6 @@ class Handle:
     def done(self) -> bool:
         """True when `wait` would return at once."""
         return self._transfer.done()
-
-
-def _share_memory(group: Group, algorithm: str, guard: Guard) -> tuple[SharedSegment | None, Channels | None]:
-    """What this rank's node shares for collectives and for messages; None where there is nobody to share with
-    (collective over the group)."""
-    shape = group.shape
-    if algorithm == "torch" or not shape.shared_memory or shape.ranks == shape.nodes:
-        return None, None
-    from yalis.comm.channels import Channels  # these load the compiled parts
-    from yalis.comm.shm import SharedSegment
-
-    segment = None
-    try:
-        segment = SharedSegment.connect(group, guard.abort_flag_address())
-        return segment, Channels.connect(group, guard.abort_flag_address())
-    except CommError as error:
-        if segment is not None:
-            segment.close()
-        if algorithm == "shm" or isinstance(error, PeerLostError):
-            raise
-        logger.warning(
-            "group %s: %s; ranks of one host now talk through torch's backend, slower", list(group.ranks), error
-        )
-        group.shape = replace(shape, shared_memory=False)
-        return None, None
-
-
-def _open_nvrar(
-    group: Group,
-    algorithm: str,
-    guard: Guard,
-    table: policy.Table | None,
-    tuned: TunedTable | None,
-    max_bytes: int,
-) -> Link | None:
-    """NVRAR between the members where it may be chosen, else None (collective over the group)."""
-    if algorithm not in ("auto", "nvrar"):
-        return None
-    rows = table if table is not None else policy.default_table(group.shape)
-    wanted = [name for _, name in rows] + (tuned.names() if tuned is not None and table is None else [])
-    if algorithm == "auto" and "nvrar" not in wanted:
-        return None
-    from yalis.comm.nvrar.link import MAX_BYTES, Link
-
-    try:
-        link = Link.connect(group, tuned, max_bytes=max_bytes or MAX_BYTES, abort_flag=guard.abort_flag_address())
-    except PeerLostError:
-        raise
-    except CommError as error:
-        if algorithm == "nvrar":
-            raise
-        logger.warning("group %s: %s; other algorithms serve", list(group.ranks), error)
-        return None
-    group.shape = replace(group.shape, nvrar_bytes=link.capacity)
-    return link
-
-
-def _map_memory(
-    group: Group, algorithm: str, table: policy.Table | None, tuned: TunedTable | None
-) -> PeerMemory | None:
-    """Memory for `two_shot` where it may be chosen and the GPUs can map it, else None (collective over the group).
-
-    Raises:
-        ConfigError: it was forced and cannot serve; the same on every rank.
-        PeerLostError: a member did not come.
-    """
-    shape = group.shape
-    if policy.why_not("two_shot", replace(shape, mapped=True)) is not None:
-        return None
-    rows = [name for _, name in table or ()] if table is not None or tuned is None else tuned.names()
-    if algorithm not in ("nvrar", "two_shot") and not (algorithm == "auto" and "two_shot" in rows):
-        return None
-    problem, nbytes = "", 0
-    try:
-        from yalis.comm.algorithms.two_shot import BUFFER_BYTES as nbytes
-    except Exception as error:  # whatever keeps Triton from loading
-        problem = f"its kernels cannot be loaded ({error}; pip install triton)"
-    hello = json.dumps({"gpu": _gpu_of(group), "problem": problem})
-    words = [json.loads(word) for word in group.exchange("two-shot", hello)]
-    why = next((word["problem"] for word in words if word["problem"]), "")
-    if len({word["gpu"] for word in words}) < group.size:
-        why = "ranks share a GPU, and memory is mapped between GPUs"
-    if not why:
-        from yalis.comm.peer_memory import PeerMemory
-
-        try:
-            memory = PeerMemory(group, nbytes, "two_shot")
-        except PeerLostError:
-            raise
-        except CommError as error:
-            why = str(error)
-        else:
-            group.shape = replace(shape, mapped=True)
-            return memory
-    if algorithm == "two_shot":
-        raise ConfigError(f"all-reduce algorithm 'two_shot': {why}; use nccl or auto")
-    logger.warning("group %s: two_shot does not serve: %s; torch takes long messages", list(group.ranks), why)
-    return None
-
-
-def _gpu_of(group: Group) -> str:
-    """Names this rank's GPU among all."""
-    return f"{group.members[group.index].hostname}/{torch.cuda.get_device_properties(group.device).uuid}"
-
-
-def _tuned_table(group: Group, tuned: TunedTable | Path | None) -> TunedTable | None:
-    """Rank 0's tuned table, on every rank (collective)."""
-    from yalis.comm import tuning
-
-    mine = None
-    if group.index == 0:
-        nodes, local = tuning.shape_of(group.shape)
-        key = tuning.key_for(group.device, nodes, local)
-        mine = tuned if isinstance(tuned, tuning.TunedTable) else tuning.find(key, tuned)
-    text = group.exchange("tuned", mine.to_json() if mine is not None else "")[0]
-    return tuning.TunedTable.from_json(text) if text else None
 
 
 def _kind(x: torch.Tensor) -> str:

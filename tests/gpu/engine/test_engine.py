@@ -322,9 +322,9 @@ def test_symmetric_memory_in_a_group_of_one() -> None:
     """torch's own kernels, one-shot, two-shot and in pieces; sums over several ranks need several GPUs."""
     from torch.distributed import HashStore
 
-    from yalis.comm.algorithms.base import Resources
     from yalis.comm.algorithms.symm_mem import SymmMem
     from yalis.comm.group import Group
+    from yalis.comm.resources import Resources
     from yalis.comm.stats import CommStats
     from yalis.comm.topology import Topology
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from yalis.comm.algorithms.base import Resources
 from yalis.comm.algorithms.two_shot import TwoShot
+from yalis.comm.resources import Resources
 from yalis.comm.stats import CommStats
 from yalis.kernels import torch_reference as reference
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from yalis.comm.algorithms.base import Resources
 from yalis.comm.communicator import Communicator
 from yalis.comm.guard import NullGuard
 from yalis.comm.nvrar.library import Failure, Info
 from yalis.comm.nvrar.link import Link, NvrarWaitFailed
+from yalis.comm.resources import Resources
 from yalis.errors import PeerTimeoutError
 
 LATE = Failure("late", 0, 3, "between nodes", 1, 17, 2)

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
-from yalis.comm import communicator, peer_memory
-from yalis.comm.communicator import _map_memory
+from yalis.comm import peer_memory, resources
 from yalis.comm.peer_memory import PeerMemory
 from yalis.comm.policy import GroupShape
+from yalis.comm.resources import _map_memory
 from yalis.errors import CommError, ConfigError
 
 NBYTES = 4096
@@ -166,7 +166,7 @@ def test_a_failed_device_is_a_failed_wait(handles: list[Any]) -> None:
 
 @pytest.fixture
 def gpus(handles: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(communicator, "_gpu_of", lambda group: "here/GPU-0")
+    monkeypatch.setattr(resources, "_gpu_of", lambda group: "here/GPU-0")
 
 
 TABLE = [(1 << 62, "two_shot")]

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from yalis.comm.group import Group
+from yalis.comm.resources import Resources
 from yalis.comm.stats import CommStats
-
-if TYPE_CHECKING:
-    from yalis.comm.nvrar.link import Link
-    from yalis.comm.peer_memory import PeerMemory
-    from yalis.comm.shm import SharedSegment
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the communicator opened for its algorithms; it also closes them.
-
-    Args:
-        segment: shared memory of this rank's node within the group, or None where there is none.
-        link: NVRAR between the members, or None where it is not open.
-        memory: of the members' GPUs, mapped to each other, or None where it is not.
-    """
-
-    segment: SharedSegment | None = None
-    link: Link | None = None
-    memory: PeerMemory | None = None
 
 
 class Algorithm(ABC):

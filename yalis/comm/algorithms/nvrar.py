@@ -11,8 +11,9 @@ from typing import ClassVar
 
 import torch
 
-from yalis.comm.algorithms.base import Algorithm, Resources
+from yalis.comm.algorithms.base import Algorithm
 from yalis.comm.group import Group
+from yalis.comm.resources import Resources
 from yalis.comm.stats import CommStats
 from yalis.errors import CommError
 

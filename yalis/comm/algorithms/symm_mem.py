@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from yalis.comm.algorithms.base import Algorithm, Resources
+from yalis.comm.algorithms.base import Algorithm
 from yalis.comm.group import Group
 from yalis.comm.peer_memory import PeerMemory
+from yalis.comm.resources import Resources
 from yalis.comm.stats import CommStats
 
 # Measured on two H200: one-shot is ahead up to 128 KiB, two-shot from 256 KiB on.
