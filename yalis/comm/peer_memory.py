@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import threading
+from contextlib import nullcontext, suppress
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +14,14 @@ import torch.distributed as dist
 
 from yalis.comm.group import Group, WaitFailed
 from yalis.errors import CommError
+from yalis.utils.logging import get_logger
 
-# A meeting without a peer fails so much later than the group's time limit, so that whoever watches over the ranks (the
-# liveness monitor, at the limit) has said before who did not come.
+logger = get_logger(__name__)
+
+# A meeting without a peer fails so much later than the group's time limit, so that whoever watches over the ranks has
+# said before which of them died or fell silent: the meeting itself can name nobody.
 _LATER = 1.1
 _LATER_S = 2.0
-# As long as closing a communicator may take (docs/failures.md).
 _REST_S = 5.0
 
 
@@ -56,13 +59,14 @@ class PeerMemory:
         c10d: Any = dist
         registry: Any = torch._C._distributed_c10d
         self._group = group
-        self._kept: ctypes.py_object[Any] | None = None
-        self._freed = False
+        self._kept: list[Any] = []
         self._timeout_ms = int(1e3 * (_LATER * group.timeout_s + _LATER_S))
         problem, count = "", PeerMemory._rendezvous
+        current = torch.cuda.device(group.device) if group.device.type == "cuda" else nullcontext()
         try:
-            self.buffer: torch.Tensor = memory.empty(nbytes, dtype=torch.uint8, device=group.device)
-        except RuntimeError as error:
+            with current:
+                self.buffer: torch.Tensor = memory.empty(nbytes, dtype=torch.uint8, device=group.device)
+        except Exception as error:  # whatever it is, the others must hear of it
             problem = _first_line(error)
         # Before anybody meets: who has nothing to map does not come, and the others would wait.
         hello = json.dumps({"problem": problem, "count": count})
@@ -78,17 +82,21 @@ class PeerMemory:
             named = c10d.ProcessGroup(c10d.PrefixStore(f"symm_mem/{what}", group.store), group.index, group.size)
             named._set_group_name(self.name)
             registry._register_process_group(self.name, named)
-            self._handle: Any = memory.rendezvous(self.buffer, self.name)
-            # torch's destructor throws on a device that failed, and that ends the process: only `close` may run it.
-            self._kept = ctypes.py_object(self._handle)
-            ctypes.pythonapi.Py_IncRef(self._kept)
-            seen = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
-            self.bases = torch.tensor([x.data_ptr() for x in seen], dtype=torch.int64, device=group.device)
-        except RuntimeError as error:
+            self._named = named  # torch's registry alone does not keep it
+            with current:
+                self._handle: Any = memory.rendezvous(self.buffer, self.name)
+                # torch's destructor throws on a device that failed, and that ends the process: only `close` may run it.
+                self._keep(self._handle)
+                seen = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size)]
+                self.bases = torch.tensor([x.data_ptr() for x in seen], dtype=torch.int64, device=group.device)
+        except Exception as error:
             problem = _first_line(error)
         try:
-            self._refuse(what, group.exchange(f"memory/{what}/mapped", problem))
+            # Where one failed, the others learn so when torch's own wait for it has ended.
+            self._refuse(what, group.exchange(f"memory/{what}/mapped", problem, 2 * group.timeout_s))
         except CommError:
+            # How far torch has counted on each rank is not known any more: nothing is mapped from now on.
+            PeerMemory._rendezvous = -os.getpid()
             self.close(failed=False)
             raise
 
@@ -109,46 +117,64 @@ class PeerMemory:
         try:
             self._handle.barrier(0, self._timeout_ms)
         except RuntimeError as error:
-            raise WaitFailed(f"the GPU has failed, likely in a meeting without a peer: {_first_line(error)}") from error
+            raise_if_failed(error)
+            raise
 
-    def close(self, *, failed: bool) -> bool:
+    def _keep(self, thing: object) -> None:
+        """Keep it until `close` lets it go, or until the process ends."""
+        self._kept.append(ctypes.py_object(thing))
+        ctypes.pythonapi.Py_IncRef(self._kept[-1])
+
+    def close(self, *, failed: bool) -> None:
         """Let go of the memory; nothing may use it any more. Not collective, may be called twice.
 
         Args:
             failed: a peer was lost. The device may stand in a meeting then, or be past use, and to free memory there
                 ends the process: it stays until the process ends, as it does when the device does not come to rest.
-
-        Returns:
-            Whether the memory was freed, now or before: the device is at rest then.
         """
-        if self._kept is None:
-            return self._freed
-        kept, self._kept = self._kept, None
-        self._freed = not failed and self._comes_to_rest()
-        if not self._freed:
-            # Not even back to torch's pool, where a later buffer might get it with signals of old meetings in it.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.buffer))
+        if not self._kept:
+            return
+        if failed or not self._comes_to_rest():
+            # Not even back to torch's pools: kernels may still read the addresses, and a later buffer might get this
+            # memory with signals of old meetings in it.
+            self._keep(self.buffer)
+            self._keep(self.bases)
         else:
-            ctypes.pythonapi.Py_DecRef(kept)
+            for thing in self._kept:
+                ctypes.pythonapi.Py_DecRef(thing)
+        self._kept = []
         self._handle = None
         self.buffer = self.bases = torch.empty(0)
-        return self._freed
 
     def _comes_to_rest(self) -> bool:
         """Whether the device does all that it was told, on whatever stream, within `_REST_S`."""
         done = []
+        device = self.buffer.device  # with its index: each thread has a current device of its own
 
         def rest() -> None:
-            try:
-                torch.cuda.synchronize(self._group.device)
+            with suppress(RuntimeError):  # the device failed
+                torch.cuda.synchronize(device)
                 done.append(True)
-            except RuntimeError:  # the device failed
-                pass
 
         thread = threading.Thread(target=rest, name="yalis-memory-rest", daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is ending
+            return False
         thread.join(_REST_S)
         return bool(done)
+
+
+def raise_if_failed(error: RuntimeError) -> None:
+    """Tell a device that is past use from other errors of a launch.
+
+    Raises:
+        WaitFailed: it is; its cause is logged, since who explains lost peers knows nothing of it.
+    """
+    words = str(error)
+    if isinstance(error, torch.AcceleratorError) or "CUDA error" in words or "Triton Error [CUDA]" in words:
+        logger.error("the GPU takes no more work, likely after a meeting without a peer: %s", words)
+        raise WaitFailed(f"the GPU has failed, likely in a meeting without a peer: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

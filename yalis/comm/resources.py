@@ -46,9 +46,8 @@ class Resources:
 
     def close(self, *, failed: bool) -> None:
         """Let go of everything; not collective. ``failed``: a peer was lost."""
-        # First, as it looks in bounded time whether the device is at rest; NVRAR would wait for that.
-        if self.memory is not None and not self.memory.close(failed=failed):
-            failed = True
+        if self.memory is not None:
+            self.memory.close(failed=failed)
         if self.link is not None:
             self.link.close(failed=failed)
         if self.channels is not None:

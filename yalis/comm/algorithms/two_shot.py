@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 
 from yalis.comm.algorithms.base import Algorithm
-from yalis.comm.group import Group, WaitFailed
+from yalis.comm.group import Group
+from yalis.comm.peer_memory import raise_if_failed
 from yalis.comm.resources import Resources
 from yalis.comm.stats import CommStats
 from yalis.errors import CommError
@@ -100,7 +101,6 @@ class TwoShot(Algorithm):
             with torch.cuda.device(self.group.device):
                 yield
         except RuntimeError as error:
-            raise WaitFailed(
-                f"two_shot: the GPU refuses work, likely after a meeting without a peer: {error}"
-            ) from error
+            raise_if_failed(error)
+            raise
         self.stats.add(self.stats.intra, perf_counter() - start, nbytes)
