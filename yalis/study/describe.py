@@ -176,8 +176,9 @@ def describe(host: Host, sweeps: Sequence[Sweep], curves: Curves, rates: Sequenc
 
     near, between = segments("p2p", 1, 1), segments("p2p", 2, host.nodes)
     inside = segments("shm", 1, 1) if on_cpu else near
-    known = ("shm", "rd", "torch", "nccl", "nvrar", "two_shot", "symm_mem")
-    algorithms = [name for name in known if any(name == p.algorithm for p in curves)]
+    algorithms = [
+        name for name in ("shm", "rd", "torch", "nccl", "nvrar", "symm_mem") if any(name == p.algorithm for p in curves)
+    ]
     title, device_name, memory = _hardware(host)
     nics = 1 if on_cpu else host.per_node
     lines = [

@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -141,8 +142,8 @@ def late() -> None:
 
 
 @pytest.mark.parametrize("work", [sums, norms, graphs], ids=lambda work: work.__name__)
-def test_two_gpus(work: object) -> None:
-    first, second = run_ranks(work, 2, timeout_s=100, torch_store=True)  # type: ignore[arg-type]
+def test_two_gpus(work: Callable[[], list[str]]) -> None:
+    first, second = run_ranks(work, 2, timeout_s=100, torch_store=True)
     assert first.value == second.value != []
 
 

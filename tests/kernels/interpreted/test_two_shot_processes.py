@@ -13,6 +13,7 @@ import random
 import time
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def made(call: int, rank: int, *shape: int) -> torch.Tensor:
 
 def work(rank: int, ranks: int, memory: list[mmap.mmap], meet: Any, told: Any) -> None:
     torch.set_num_threads(1)
-    torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    # Current devices are a matter of CUDA; processes have one memory.
+    mock.patch.object(torch.cuda, "device", contextlib.nullcontext).start()
     views = [torch.frombuffer(piece, dtype=torch.uint8) for piece in memory]
     bases = torch.tensor([view.data_ptr() for view in views])
     shared: Any = SimpleNamespace(buffer=views[rank], bases=bases, meet=lambda: meet.wait(30))

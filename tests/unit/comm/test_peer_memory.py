@@ -21,9 +21,11 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from yalis.comm import peer_memory, resources
+from yalis.comm.algorithms.symm_mem import SymmMem
 from yalis.comm.peer_memory import PeerMemory
 from yalis.comm.policy import GroupShape
 from yalis.comm.resources import _map_memory
+from yalis.comm.stats import CommStats
 from yalis.errors import CommError, ConfigError
 
 NBYTES = 4096
@@ -89,7 +91,8 @@ def alive(handle: weakref.ref[Handle]) -> bool:
 
 
 def opened(**says: Callable[[str], str]) -> PeerMemory:
-    return PeerMemory(Other(**says), NBYTES, "two_shot")  # type: ignore[arg-type]
+    group: Any = Other(**says)
+    return PeerMemory(group, NBYTES, "two_shot")
 
 
 def test_addresses_of_all_ranks(handles: list[weakref.ref[Handle]]) -> None:
@@ -123,6 +126,12 @@ def test_this_rank_tells_that_it_cannot_come(handles: list[Any], monkeypatch: py
     with pytest.raises(CommError, match=r"ranks \[0, 1\] to each other: CUDA out of memory$"):
         opened()
     assert not handles
+
+
+def test_who_forced_symmetric_memory_is_told_what_to_use(handles: list[Any]) -> None:
+    group: Any = Other(symm_mem=changed(problem="out of memory"))
+    with pytest.raises(CommError, match="symm_mem: .*out of memory; use nccl or auto$"):
+        SymmMem(group, resources.Resources(), CommStats())
 
 
 def test_what_one_rank_could_not_map_is_freed_on_all(handles: list[weakref.ref[Handle]]) -> None:
@@ -216,5 +225,6 @@ def test_where_it_cannot_serve_all_go_without(
         assert _map_memory(group, "nvrar", None, None) is None
     assert words in caplog.text and "torch takes long messages" in caplog.text
     assert not group.shape.mapped
+    forced: Any = Other(**says)
     with pytest.raises(ConfigError, match=words):
-        _map_memory(Other(**says), "two_shot", None, None)  # type: ignore[arg-type]
+        _map_memory(forced, "two_shot", None, None)

@@ -112,6 +112,9 @@ def test_engine_algorithms() -> None:
     assert (small.variant, large.variant) == ("direct", "hierarchical")
     assert large.wire.endswith("simple")
     assert c.all_reduce(cluster, "nccl", 1 << 30, 32, 8).wire == "simple"
+    assert {c.all_reduce(cluster, "two_shot", m, 4, 1).variant for m in (8 * KIB, 1 << 26)} == {"two-shot"}
+    with pytest.raises(ConfigError, match="'two_shot' does not serve 8 ranks on 2 nodes"):
+        c.all_reduce(cluster, "two_shot", 8, 8, 2)
     with pytest.raises(ConfigError, match="cost model knows"):
         c.all_reduce(cluster, "magic", 8, 2, 1)
     with pytest.raises(ConfigError, match="does not serve 8 ranks on 2 nodes"):

@@ -16,6 +16,7 @@ from yalis.comm.group import Group
 from yalis.comm.peer_memory import PeerMemory
 from yalis.comm.resources import Resources
 from yalis.comm.stats import CommStats
+from yalis.errors import CommError, PeerLostError
 
 # Measured on two H200: one-shot is ahead up to 128 KiB, two-shot from 256 KiB on.
 _ONE_SHOT_BYTES = 192 * 1024
@@ -34,7 +35,12 @@ class SymmMem(Algorithm):
     def __init__(self, group: Group, resources: Resources, stats: CommStats) -> None:
         super().__init__(group, resources, stats)
         self._ops: Any = torch.ops.symm_mem
-        self._memory = PeerMemory(group, _BUFFER_BYTES, self.name)
+        try:
+            self._memory = PeerMemory(group, _BUFFER_BYTES, self.name)
+        except PeerLostError:
+            raise
+        except CommError as error:
+            raise CommError(f"{error}; use nccl or auto") from error
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """See `Algorithm.all_reduce`."""
